@@ -1,0 +1,98 @@
+"""A deployment as frozen data. Read from YAML by `deploy.settings`; nothing here reads a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .slo import Slo
+from .view import Role
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """path is a Hugging Face directory, or a hub id (then `revision` applies). max_model_len None takes the model's own limit."""
+
+    path: str
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    max_model_len: int | None = None
+    name: str | None = None
+
+    @property
+    def served_name(self) -> str:
+        """The name clients use: `name`, or the last part of the path."""
+        return self.name or self.path.rstrip("/").rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """One pool of equal workers.
+
+    max_step_tokens  token budget of a step (chunked prefill)
+    max_num_seqs     sequences in one step at most
+    kv_memory_bytes  size of the KV pool per rank
+    threads          torch threads of one rank on CPU
+    step_delay       seconds added to every step; for tests and demonstrations of slow hardware
+    """
+
+    role: Role
+    replicas: int = 1
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    accelerator: str = "cpu"
+    max_step_tokens: int = 2048
+    max_num_seqs: int = 64
+    block_size: int = 32
+    kv_memory_bytes: int = 256 << 20
+    threads: int = 1
+    prefix_cache: bool = True
+    ordering: str = "fcfs"
+    step_delay: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class KvTransferSpec:
+    """transport is `auto` (shm on one host, else grpc) or the name of one. lease in seconds."""
+
+    transport: str = "auto"
+    lease: float = 3.0
+    checksum: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """grpc and http are host:port, port 0 means any free port.
+
+    max_queue             admission `queue_length`: requests in flight or waiting at most
+    local_prefill_tokens  prompts up to this length are prefilled on the decode worker
+    request_timeout       seconds after which a request without a deadline of its own is given up
+    seed                  of the router's random draws; None draws one
+    """
+
+    grpc: str = "127.0.0.1:8900"
+    http: str = "127.0.0.1:8000"
+    routing: str = "least_loaded"
+    admission: str = "none"
+    max_queue: int = 1024
+    local_prefill_tokens: int = 0
+    request_timeout: float = 600.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Everything `baton up` needs. launcher is `ray` or `subprocess`; ray_address None starts a local Ray."""
+
+    cluster: str
+    model: ModelSpec
+    pools: tuple[PoolSpec, ...]
+    slo: Slo = Slo()
+    kv_transfer: KvTransferSpec = KvTransferSpec()
+    router: RouterSpec = RouterSpec()
+    launcher: str = "ray"
+    ray_address: str | None = None
+    labels: tuple[tuple[str, str], ...] = field(default=())
+
+    def pool(self, role: Role) -> PoolSpec | None:
+        """The pool of one role, or None."""
+        return next((pool for pool in self.pools if pool.role is role), None)

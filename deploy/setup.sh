@@ -1,0 +1,24 @@
+#!/bin/sh
+# Make .venv with everything Baton needs, at the versions of requirements.txt. Called by make.
+set -eu
+PYTHON=${PYTHON:-python3}
+"$PYTHON" - <<'CHECK' || exit 1
+import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"Baton needs Python 3.11 or newer; this is {sys.version.split()[0]}. Set PYTHON=/path/to/python3.11.")
+CHECK
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+# pip may know of local wheels (a CPU build of torch); uv does not read pip's setting, so pass it on.
+links=${PIP_FIND_LINKS:-$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || true)}
+torch_backend=
+if [ -n "$links" ] && ls $links/torch-*cpu* >/dev/null 2>&1; then
+    set -- --find-links "$links"
+else
+    set --
+    torch_backend=auto     # the CPU build, or the CUDA build that fits the driver
+fi
+.venv/bin/uv pip install --quiet --python .venv/bin/python ${torch_backend:+--torch-backend=$torch_backend} "$@" \
+    -r requirements.txt
+.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
