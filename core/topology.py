@@ -96,3 +96,33 @@ class Topology:
     def pool(self, role: Role) -> PoolSpec | None:
         """The pool of one role, or None."""
         return next((pool for pool in self.pools if pool.role is role), None)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What the process of one worker is started with.
+
+    controller    host:port of the controller it registers with
+    bind_host     address its servers listen on (and announce)
+    orphan_grace  seconds it goes on serving without a controller before it ends itself
+    """
+
+    worker_id: str
+    cluster: str
+    model: ModelSpec
+    pool: PoolSpec
+    kv_transfer: KvTransferSpec
+    controller: str
+    bind_host: str = "127.0.0.1"
+    orphan_grace: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """What the process of one router is started with."""
+
+    router_id: str
+    topology: Topology
+    controller: str
+    bind_host: str = "127.0.0.1"
+    orphan_grace: float = 60.0
