@@ -81,7 +81,10 @@ class RouterSpec:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Everything `baton up` needs. launcher is `ray` or `subprocess`; ray_address None starts a local Ray."""
+    """Everything `baton up` needs. launcher is `ray` or `subprocess`; ray_address None starts a local Ray.
+
+    ray_placement is the strategy of the placement group: `pack`, `strict_pack`, `spread` or `strict_spread`.
+    """
 
     cluster: str
     model: ModelSpec
@@ -92,6 +95,7 @@ class Topology:
     launcher: str = "ray"
     ray_address: str | None = None
     labels: tuple[tuple[str, str], ...] = field(default=())
+    ray_placement: str = "pack"
 
     def pool(self, role: Role) -> PoolSpec | None:
         """The pool of one role, or None."""

@@ -1,0 +1,137 @@
+"""A router stream as text: detokenised, cut at stop strings, ended early when one is met."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from ..core.request import FinishReason, TokenLogprob
+from ..observability.records import StageTimes
+from ..router.sequence import Update
+from ..router.service import RouterService
+from ..router.stream import Stream, Submission
+from .detokenizer import StopStrings
+from .tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is new for one sequence. `text` may lag behind `tokens` by what could still become something else."""
+
+    index: int
+    tokens: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+
+
+class Generation:
+    """One request that runs. Iterate for its pieces; `cancel` it on every way out (harmless when it is over)."""
+
+    def __init__(self, service: RouterService, submission: Submission, stop: Sequence[str], tokenizer: TextTokenizer) -> None:
+        self._stream: Stream = service.submit(submission)
+        self._sequences = [_TextSequence(submission, stop, tokenizer) for _ in range(submission.n)]
+
+    @property
+    def id(self) -> str:
+        """The router's id of the request."""
+        return self._stream.id
+
+    @property
+    def client_id(self) -> str:
+        return self._stream.client_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._stream.submission.prompt)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return max(sequence.cached_tokens for sequence in self._stream.sequences)
+
+    def num_output_tokens(self, index: int) -> int:
+        return self._sequences[index].num_tokens
+
+    def stages(self, index: int) -> StageTimes:
+        return self._stream.sequences[index].stages()
+
+    def num_attempts(self, index: int) -> int:
+        return self._stream.sequences[index].num_attempts
+
+    def cancel(self) -> None:
+        self._stream.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        async for update in self._stream:
+            sequence = self._sequences[update.index]
+            piece = sequence.push(update)
+            if sequence.stopped:
+                self._stream.finish(update.index)
+            if piece.tokens or piece.text or piece.finish is not None:
+                yield piece
+
+
+async def merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, Piece]]:
+    """Pieces of several requests as they come, each with the number of its request."""
+    if len(generations) == 1:
+        async for piece in generations[0]:
+            yield 0, piece
+        return
+    waiting = {
+        asyncio.ensure_future(anext(pieces)): (number, pieces)
+        for number, pieces in enumerate(generation.__aiter__() for generation in generations)
+    }
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number, pieces = waiting.pop(task)
+                try:
+                    piece = task.result()
+                except StopAsyncIteration:
+                    continue
+                waiting[asyncio.ensure_future(anext(pieces))] = number, pieces
+                yield number, piece
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+class _TextSequence:
+    """Text state of one sequence."""
+
+    def __init__(self, submission: Submission, stop: Sequence[str], tokenizer: TextTokenizer) -> None:
+        self._detokenizer = tokenizer.detokenizer()
+        self._stops = StopStrings(stop)
+        self._min_tokens = submission.sampling.min_tokens
+        self._stop_tokens = frozenset(submission.sampling.stop_token_ids)
+        self.num_tokens = 0
+        self.stopped = False
+
+    def push(self, update: Update) -> Piece:
+        """Token by token, so that the output ends with the very token that completed a stop string."""
+        text: list[str] = []
+        for count, token in enumerate(update.tokens, 1):
+            self.num_tokens += 1
+            ends = update.finish is FinishReason.STOP and count == len(update.tokens) and token in self._stop_tokens
+            if not ends:  # a stop token belongs to the output, its text does not
+                self._add(self._detokenizer.push(token), text)
+            if self.stopped:
+                return Piece(update.index, update.tokens[:count], "".join(text), update.logprobs[:count], FinishReason.STOP)
+        finish = update.finish
+        if finish is not None:
+            self._add(self._detokenizer.flush(), text)
+            if self.stopped:
+                finish = FinishReason.STOP
+            else:
+                text.append(self._stops.flush())
+        return Piece(update.index, update.tokens, "".join(text), update.logprobs, finish)
+
+    def _add(self, new: str, text: list[str]) -> None:
+        if self.num_tokens <= self._min_tokens:  # stop strings count from here on, as stop tokens do
+            text.append(new)
+            return
+        out, self.stopped = self._stops.push(new)
+        text.append(out)

@@ -1,0 +1,229 @@
+"""The gRPC face: `baton.v1.Inference`, health checking and reflection."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+from google.protobuf.message import Message as ProtoMessage
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ..core.errors import BatonError, InvalidRequest
+from ..core.request import TokenLogprob
+from ..core.slo import Slo
+from ..proto import inference_pb2 as pb
+from ..proto import inference_pb2_grpc as rpc
+from ..router.readiness import Readiness
+from ..router.service import RouterService
+from .chat import Message
+from .errors import grpc_status
+from .generation import Generation, Piece
+from .model_info import ModelInfo
+from .tokenizer import TextTokenizer
+from .validation import Parameters, check_model, to_submission
+
+Context: TypeAlias = "grpc.aio.ServicerContext[ProtoMessage, ProtoMessage]"
+
+MAX_MESSAGE_BYTES = 64 << 20
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What the router says of itself."""
+
+    version: str
+    cluster: str
+    router_id: str
+    slo: Slo
+    started: float = 0.0
+
+
+class InferenceFace(rpc.InferenceServicer):
+    """Validates, tokenises, streams. All decisions are the router's."""
+
+    def __init__(
+        self, service: RouterService, readiness: Readiness, model: ModelInfo, tokenizer: TextTokenizer, info: ServerInfo
+    ) -> None:
+        self._service = service
+        self._readiness = readiness
+        self._model = model
+        self._tokenizer = tokenizer
+        self._info = info
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
+        try:
+            generation = await self._start(request, context)
+        except BatonError as error:
+            await _abort(context, error)
+            return
+
+        try:
+            async for piece in generation:
+                await context.write(_response(generation, piece))
+        except BatonError as error:
+            await _abort(context, error)
+        finally:  # the client's cancel, its deadline, a broken connection: they cancel this coroutine
+            generation.cancel()
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
+        return pb.AbortResponse(found=self._service.abort(request.request_id))
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
+        model = self._model
+        return pb.GetModelResponse(
+            name=model.name,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            dtype=model.dtype,
+            eos_token_ids=model.eos_token_ids,
+        )
+
+    async def GetServerInfo(  # noqa: N802
+        self,
+        request: pb.GetServerInfoRequest,
+        context: Context,
+    ) -> pb.GetServerInfoResponse:
+        return pb.GetServerInfoResponse(
+            version=self._info.version,
+            cluster=self._info.cluster,
+            router_id=self._info.router_id,
+            ready=self._readiness.ready,
+            not_ready_reason="" if self._readiness.ready else self._readiness.reason,
+            uptime=time.monotonic() - self._info.started,
+        )
+
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:  # noqa: N802
+        workers = [
+            pb.WorkerInfo(
+                worker_id=member.ref.worker_id,
+                epoch=member.ref.epoch,
+                role=member.role,
+                state=member.state,
+                assigned=len(member.attempts),
+                waiting=member.load.num_waiting,
+                running=member.load.num_running,
+                free_blocks=member.load.free_blocks,
+                total_blocks=member.total_blocks,
+                quarantined_blocks=member.load.quarantined_blocks,
+                tickets=member.load.tickets,
+                step=member.load.step,
+                pid=member.pid,
+            )
+            for member in self._service.membership.members
+        ]
+        active, pending = self._service.num_active, self._service.num_pending
+        return pb.GetLoadResponse(workers=workers, active_requests=active, pending_requests=pending)
+
+    async def _start(self, request: pb.GenerateRequest, context: Context) -> Generation:
+        check_model(request.model, self._model)
+        parameters = _parameters(request, await self._prompt(request), context.time_remaining(), self._info.slo)
+        submission = to_submission(parameters, self._model, self._service.membership.token_capacity())
+        return Generation(self._service, submission, parameters.stop, self._tokenizer)
+
+    async def _prompt(self, request: pb.GenerateRequest) -> tuple[int, ...]:
+        match request.WhichOneof("input"):
+            case "text":
+                return await self._tokenizer.encode(request.text)
+            case "tokens":
+                return tuple(request.tokens.ids)
+            case "chat":
+                messages = [Message(message.role, message.content) for message in request.chat.messages]
+                return await self._tokenizer.encode_chat(messages)
+        raise InvalidRequest("input: one of text, tokens and chat must be set", "input")
+
+
+class HealthFace:
+    """grpc.health.v1: SERVING only while the router is ready."""
+
+    def __init__(self) -> None:
+        self._servicer = health.aio.HealthServicer()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+
+    async def set(self, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE_NAME):
+            await self._servicer.set(name, status)
+
+
+def build_server(face: InferenceFace, health_face: HealthFace) -> grpc.aio.Server:
+    """A server with every public service; not bound, not started."""
+    options = (
+        ("grpc.so_reuseport", 0),  # a taken port is an error
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    )
+    server = grpc.aio.server(options=options)
+    rpc.add_InferenceServicer_to_server(face, server)
+    health_face.add_to(server)
+    reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return server
+
+
+def _parameters(request: pb.GenerateRequest, prompt: tuple[int, ...], timeout: float | None, default_slo: Slo) -> Parameters:
+    sampling = request.sampling
+
+    slo = default_slo
+    if request.HasField("slo"):
+        slo = Slo(request.slo.ttft or default_slo.ttft, request.slo.tpot or default_slo.tpot, default_slo.attainment)
+    return Parameters(
+        prompt=prompt,
+        max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature if sampling.HasField("temperature") else None,
+        top_p=sampling.top_p if sampling.HasField("top_p") else None,
+        top_k=sampling.top_k if sampling.HasField("top_k") else None,
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        stop=tuple(request.stop),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        n=request.n or 1,
+        client_id=request.request_id,
+        tenant=request.tenant,
+        priority=request.priority,
+        slo=slo,
+        timeout=timeout,
+    )
+
+
+def _response(generation: Generation, piece: Piece) -> pb.GenerateResponse:
+    response = pb.GenerateResponse(
+        request_id=generation.client_id,
+        index=piece.index,
+        token_ids=piece.tokens,
+        text=piece.text,
+        logprobs=[_logprob(logprob) for logprob in piece.logprobs],
+        finish_reason=piece.finish or "",
+    )
+    if piece.finish is not None:
+        stages = generation.stages(piece.index)
+        response.usage.prompt_tokens = generation.num_prompt_tokens
+        response.usage.completion_tokens = generation.num_output_tokens(piece.index)
+        response.usage.cached_tokens = generation.num_cached_tokens
+        response.stages.queue = stages.queue or 0.0
+        response.stages.prefill = stages.prefill or 0.0
+        response.stages.handoff = stages.handoff or 0.0
+        response.stages.first_decode = stages.first_decode or 0.0
+        response.stages.total = stages.total
+        response.stages.attempts = generation.num_attempts(piece.index)
+    return response
+
+
+def _logprob(logprob: TokenLogprob) -> pb.TokenLogprob:
+    return pb.TokenLogprob(
+        token=logprob.token,
+        logprob=logprob.logprob,
+        top_tokens=[token for token, _ in logprob.top],
+        top_logprobs=[value for _, value in logprob.top],
+    )
+
+
+async def _abort(context: Context, error: BatonError) -> None:
+    code, metadata = grpc_status(error)
+    await context.abort(code, str(error), metadata)

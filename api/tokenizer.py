@@ -1,0 +1,122 @@
+"""Text to token ids and back, with the files of the model's directory.
+
+Uses the `tokenizers` library directly: importing transformers' AutoTokenizer would bring torch into the router.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ..core.errors import ModelError
+from .chat import ChatTemplate, Message
+from .detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from .model_info import read_json
+
+LONG_TEXT = 20_000  # characters from which on encoding leaves the event loop
+
+
+class TextTokenizer:
+    """The tokenizer of the served model."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._bytes = _byte_table(tokenizer)
+
+    @classmethod
+    def load(cls, directory: Path) -> TextTokenizer:
+        """Read tokenizer.json, tokenizer_config.json and the chat template. Raises ModelError."""
+        path = directory / "tokenizer.json"
+        if path.is_file():
+            try:
+                tokenizer = Tokenizer.from_file(str(path))
+            except Exception as error:  # the library raises bare exceptions
+                raise ModelError(f"{path} cannot be read: {error}") from error
+        else:
+            tokenizer = _converted(directory)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer, ChatTemplate.load(directory, read_json(directory / "tokenizer_config.json")))
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of `text`. Long texts are encoded on a thread, so that the loop goes on."""
+        if len(text) < LONG_TEXT:
+            return self._encode(text, add_special_tokens)
+        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    async def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a conversation rendered with the model's chat template. Raises InvalidRequest."""
+        if self._template is None:
+            raise ChatTemplate.missing()
+        return await self.encode(self._template.render(messages), add_special_tokens=False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of all `tokens` without special ones."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh incremental decoder for one sequence."""
+        if self._bytes is not None:
+            return ByteDetokenizer(self._bytes)
+        return WindowDetokenizer(self.decode)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, special or not; empty for an id that no token has."""
+        if self._bytes is not None and token in self._bytes:
+            return self._bytes[token]
+        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
+        return text.encode()
+
+    def token_text(self, token: int) -> str:
+        """One token as text; bytes that are no character of their own become U+FFFD."""
+        return self.token_bytes(token).decode("utf-8", "replace")
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+
+def _converted(directory: Path) -> Tokenizer:
+    """A tokenizer of an older format, converted by transformers: slow to import, so only where it is needed."""
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(directory)).backend_tokenizer
+    except Exception as error:
+        raise ModelError(f"{directory} has no tokenizer.json, and what it has cannot be converted: {error}") from error
+    if not isinstance(tokenizer, Tokenizer):
+        raise ModelError(f"{directory} has no tokenizer.json, and its tokenizer has no fast version")
+    return tokenizer
+
+
+def _byte_table(tokenizer: Tokenizer) -> Mapping[int, bytes] | None:
+    """Bytes of every ordinary token of a byte-level BPE tokenizer; None for tokenizers of other kinds.
+
+    Special tokens have no text, so they are not in the table, as `decode(skip_special_tokens=True)` has it.
+    """
+    decoder = json.loads(tokenizer.to_str()).get("decoder")
+    if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
+        return None
+    alphabet = _byte_alphabet()
+    special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+    table = {}
+    for text, token in tokenizer.get_vocab(with_added_tokens=True).items():
+        if token not in special:
+            # A token with a character outside the byte alphabet (an added one) stands for its own text.
+            known = all(character in alphabet for character in text)
+            table[token] = bytes(alphabet[character] for character in text) if known else text.encode()
+    return table
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable characters by which byte-level BPE writes bytes (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    alphabet.update({chr(256 + index): byte for index, byte in enumerate(others)})
+    return alphabet

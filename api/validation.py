@@ -1,0 +1,164 @@
+"""What a client asked for becomes a submission, or an error that names the field and the limit.
+
+Both faces share it, and nothing is given to the router before it has passed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..core.errors import DeadlineExceeded, InvalidRequest, ModelNotFound
+from ..core.request import SamplingParams
+from ..core.slo import Slo
+from ..router.stream import Submission
+from .model_info import ModelInfo
+
+_T = TypeVar("_T")
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256  # characters
+MAX_TEMPERATURE = 2.0
+MAX_PRIORITY = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """A request as a face understood it; None where the client said nothing.
+
+    default_max_tokens  what None for `max_tokens` means before it is clipped to the model's limit; None: up to the limit
+    max_tokens_field    how the client spells it, for messages
+    timeout             seconds that the client is willing to wait
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int | None = None
+    default_max_tokens: int | None = None
+    max_tokens_field: str = "max_tokens"
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
+    client_id: str = ""
+    tenant: str = ""
+    priority: int = 0
+    slo: Slo | None = None
+    timeout: float | None = None
+
+
+def check_model(name: str, model: ModelInfo) -> None:
+    """Raises ModelNotFound unless `name` is empty or the served model's."""
+    if name and name != model.name:
+        raise ModelNotFound(f"the model {name!r} is not served here: this is {model.name!r}")
+
+
+def to_submission(parameters: Parameters, model: ModelInfo, capacity: int | None) -> Submission:
+    """Check everything. `capacity` is how many tokens the KV pools can hold of one sequence, None when unknown.
+
+    Raises InvalidRequest, or DeadlineExceeded for a deadline that has passed.
+    """
+    _check_prompt(parameters.prompt, model)
+    max_tokens = _max_tokens(parameters, model, capacity)
+    _check_sampling(parameters, model, max_tokens)
+    _check_stops(parameters.stop)
+    _check_dealing(parameters)
+    eos = () if parameters.ignore_eos else model.eos_token_ids
+    sampling = SamplingParams(
+        temperature=_or(parameters.temperature, model.temperature),
+        top_k=_or(parameters.top_k, model.top_k),
+        top_p=_or(parameters.top_p, model.top_p),
+        max_tokens=max_tokens,
+        min_tokens=parameters.min_tokens,
+        stop_token_ids=tuple(dict.fromkeys((*eos, *parameters.stop_token_ids))),
+        logprobs=parameters.logprobs,
+    )
+    return Submission(
+        prompt=parameters.prompt,
+        sampling=sampling,
+        seed=parameters.seed,
+        n=parameters.n,
+        client_id=parameters.client_id,
+        tenant=parameters.tenant,
+        priority=parameters.priority,
+        slo=parameters.slo,
+        timeout=parameters.timeout,
+    )
+
+
+def _check_prompt(prompt: tuple[int, ...], model: ModelInfo) -> None:
+    if not prompt:
+        raise InvalidRequest("prompt: it must hold at least one token", "prompt")
+    foreign = next((token for token in prompt if not 0 <= token < model.vocab_size), None)
+    if foreign is not None:
+        raise InvalidRequest(f"prompt: token {foreign} is outside the vocabulary of {model.vocab_size} tokens", "prompt")
+
+
+def _max_tokens(parameters: Parameters, model: ModelInfo, capacity: int | None) -> int:
+    """Tokens to sample at most; prompt and output together must fit the model and the KV pools."""
+    limit, what = model.max_model_len, f"the model's limit of {model.max_model_len} tokens"
+    if capacity is not None and capacity < limit:
+        limit, what = capacity, f"the {capacity} tokens that a worker's KV pool can hold"
+    prompt = len(parameters.prompt)
+    if prompt >= limit:
+        raise InvalidRequest(f"prompt: {prompt} tokens leave no room to answer within {what}", "prompt")
+    if parameters.max_tokens is None:
+        return min(_or(parameters.default_max_tokens, limit), limit - prompt)
+    field = parameters.max_tokens_field
+    if parameters.max_tokens < 1:
+        raise InvalidRequest(f"{field}: it must be at least 1, not {parameters.max_tokens}", field)
+    if prompt + parameters.max_tokens > limit:
+        raise InvalidRequest(
+            f"{field}: {prompt} prompt tokens and {parameters.max_tokens} {field} exceed {what}; "
+            f"at most {limit - prompt} can be asked for",
+            field,
+        )
+    return parameters.max_tokens
+
+
+def _check_sampling(parameters: Parameters, model: ModelInfo, max_tokens: int) -> None:
+    _in_range("temperature", parameters.temperature, 0.0, MAX_TEMPERATURE)
+    _in_range("top_p", parameters.top_p, 0.0, 1.0)
+    if parameters.top_p == 0.0:
+        raise InvalidRequest("top_p: it must be more than 0", "top_p")
+    _in_range("top_k", parameters.top_k, 0, (1 << 31) - 1)
+    _in_range("seed", parameters.seed, 0, (1 << 63) - 1)
+    _in_range("min_tokens", parameters.min_tokens, 0, max_tokens)
+    _in_range("logprobs", parameters.logprobs, 0, MAX_LOGPROBS)
+    _in_range("n", parameters.n, 1, MAX_N)
+    for token in parameters.stop_token_ids:
+        _in_range("stop_token_ids", token, 0, model.vocab_size - 1)
+
+
+def _check_stops(stops: tuple[str, ...]) -> None:
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest(f"stop: at most {MAX_STOPS} stop strings are allowed, not {len(stops)}", "stop")
+    for stop in stops:
+        if not 1 <= len(stop) <= MAX_STOP_LENGTH:
+            raise InvalidRequest(f"stop: a stop string has 1 to {MAX_STOP_LENGTH} characters, not {len(stop)}", "stop")
+
+
+def _check_dealing(parameters: Parameters) -> None:
+    _in_range("priority", parameters.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    slo = parameters.slo
+    if slo is not None and not (slo.ttft > 0 and slo.tpot > 0):
+        raise InvalidRequest(f"slo: objectives are more than 0 seconds, not ttft {slo.ttft} and tpot {slo.tpot}", "slo")
+    if parameters.timeout is not None and parameters.timeout <= 0:
+        raise DeadlineExceeded("the deadline had passed before the request arrived")
+
+
+def _in_range(field: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not (math.isfinite(value) and low <= value <= high):
+        raise InvalidRequest(f"{field}: it must be from {low} to {high}, not {value}", field)
+
+
+def _or(value: _T | None, default: _T) -> _T:
+    return default if value is None else value

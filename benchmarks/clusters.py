@@ -1,0 +1,70 @@
+"""What the serving benchmarks share: the 110M model, a 1P1D cluster around it, and requests one at a time."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from baton.bench.driver import Exchange
+from baton.bench.grpc_target import GrpcTarget
+from baton.bench.workload import PlannedRequest
+from baton.core.slo import Slo
+from baton.core.topology import KvTransferSpec, ModelSpec, PoolSpec, RouterSpec, Topology
+from baton.core.view import Role
+from baton.deploy.cluster import ClusterStatus, running_cluster
+from baton.engine.random_model import make_model
+
+SLO = Slo(ttft=1.0, tpot=0.05, attainment=0.9)
+
+
+def model_110m() -> Path:
+    """The 110M Llama of the benchmarks (bf16, random weights), made once per machine."""
+    folder = Path(tempfile.gettempdir()) / f"baton-benchmark-models-{os.getuid()}" / "llama-110m"
+    if not (folder / "done").exists():
+        make_model(folder, "110M", seed=1)
+        (folder / "done").touch()
+    return folder
+
+
+def one_prefill_one_decode(transport: str = "auto") -> Topology:
+    """1P1D on two cores: one thread each, blocks of 32 tokens."""
+    pool = {"kv_memory_bytes": 512 << 20, "block_size": 32, "threads": 1, "max_num_seqs": 64, "max_step_tokens": 2048}
+    return Topology(
+        cluster="benchmark",
+        model=ModelSpec(str(model_110m())),
+        pools=(PoolSpec(Role.PREFILL, **pool), PoolSpec(Role.DECODE, **pool)),  # type: ignore[arg-type]
+        slo=SLO,
+        kv_transfer=KvTransferSpec(transport),
+        router=RouterSpec(grpc="127.0.0.1:0", http="127.0.0.1:0"),
+        launcher="subprocess",
+    )
+
+
+@asynccontextmanager
+async def serving(topology: Topology) -> AsyncIterator[ClusterStatus]:
+    """The topology up and ready; its state and logs live in a temporary folder that goes with it."""
+    with tempfile.TemporaryDirectory(prefix="baton-benchmark-") as scratch:
+        os.environ["XDG_STATE_HOME"] = scratch
+        async with running_cluster(topology, Path(scratch) / "logs") as cluster:
+            yield await cluster.wait_ready()
+
+
+async def lone_prefill(target: GrpcTarget, input_tokens: int, repeats: int) -> list[float]:
+    """TTFT in seconds of requests that have the cluster to themselves, one after the other."""
+    seconds = []
+    for index in range(repeats):
+        prepared = target.prepare(PlannedRequest(1_000_000 + index, 0.0, input_tokens, 2))
+        exchange = Exchange()
+        began = time.monotonic()
+        await target.exchange(prepared, exchange)
+        seconds.append(exchange.chunk_times[0] - began)
+    return seconds
+
+
+def median_ms(seconds: Sequence[float]) -> float:
+    return round(1000 * statistics.median(seconds), 2)

@@ -1,0 +1,236 @@
+"""Protobuf messages of the public service <-> the client's types and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypedDict, cast
+
+import grpc
+
+from ..core.errors import (
+    BatonError,
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    Unavailable,
+)
+from ..core.slo import Slo
+from ..proto import inference_pb2 as pb
+from .types import Chunk, Completion, Load, Model, ServerInfo, Stages, TokenLogprob, Usage, Worker
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What may be said about a request; what is left out, the server chooses.
+
+    logprobs    report the sampled token's log probability and this many alternatives
+    n           sequences to generate
+    request_id  a name of your own, unique among running requests; `abort` takes it
+    slo         objectives in seconds, where they differ from the cluster's
+    timeout     seconds to wait; the server drops the request when they are over
+    """
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    min_tokens: int
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logprobs: int
+    stop: str | Sequence[str]
+    n: int
+    model: str
+    request_id: str
+    tenant: str
+    priority: int
+    slo: Slo
+    timeout: float
+
+
+def request_to(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
+    """`prompt` is a text, token ids, or chat messages (`{"role": ..., "content": ...}`). Raises InvalidRequest."""
+    stop = options.get("stop", ())
+    try:
+        message = pb.GenerateRequest(
+            model=options.get("model", ""),
+            request_id=options.get("request_id", ""),
+            sampling=_sampling_to(options),
+            stop=(stop,) if isinstance(stop, str) else stop,
+            n=options.get("n", 1),
+            tenant=options.get("tenant", ""),
+            priority=options.get("priority", 0),
+        )
+        _set_prompt(message, prompt)
+    except (ValueError, TypeError) as error:  # out of the wire type's range
+        raise InvalidRequest(f"the request cannot be written: {error}") from error
+    if "slo" in options:
+        message.slo.ttft, message.slo.tpot = options["slo"].ttft, options["slo"].tpot
+    return message
+
+
+def chunk_from(message: pb.GenerateResponse) -> Chunk:
+    last = bool(message.finish_reason)
+    return Chunk(
+        request_id=message.request_id,
+        index=message.index,
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(_logprob_from(logprob) for logprob in message.logprobs),
+        finish_reason=message.finish_reason or None,
+        usage=_usage_from(message.usage) if last else None,
+        stages=_stages_from(message.stages) if last else None,
+    )
+
+
+class Collector:
+    """Puts the chunks of a request together."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[int, list[Chunk]] = {}
+
+    def add(self, chunk: Chunk) -> None:
+        self._chunks.setdefault(chunk.index, []).append(chunk)
+
+    def completions(self) -> list[Completion]:
+        """One per sequence, by index. Raises Unavailable when the stream ended before they had."""
+        return [_joined(self._chunks[index]) for index in sorted(self._chunks)]
+
+
+def model_from(message: pb.GetModelResponse) -> Model:
+    eos = tuple(message.eos_token_ids)
+    return Model(message.name, message.max_model_len, message.vocab_size, message.dtype, eos)
+
+
+def server_info_from(message: pb.GetServerInfoResponse) -> ServerInfo:
+    return ServerInfo(
+        version=message.version,
+        cluster=message.cluster,
+        router_id=message.router_id,
+        ready=message.ready,
+        not_ready_reason=message.not_ready_reason,
+        uptime=message.uptime,
+    )
+
+
+def load_from(message: pb.GetLoadResponse) -> Load:
+    workers = tuple(_worker_from(worker) for worker in message.workers)
+    return Load(workers, message.active_requests, message.pending_requests)
+
+
+def error_from(error: grpc.RpcError, address: str) -> BatonError:
+    """The error of `core.errors` that a failed call stands for."""
+    code = error.code() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else grpc.StatusCode.UNKNOWN
+    details = error.details() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else str(error)
+    message = details or f"{code.name.lower()} from {address}"
+    metadata = _metadata(error)
+    match code:
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return InvalidRequest(message, metadata.get("baton-field"))
+        case grpc.StatusCode.NOT_FOUND:
+            return ModelNotFound(message)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return Overloaded(message, float(metadata.get("retry-after-ms", "1000")) / 1000)
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(message)
+        case grpc.StatusCode.CANCELLED:
+            return Cancelled(message)
+        case grpc.StatusCode.UNAVAILABLE:
+            return Unavailable(f"{address}: {message}")
+    return InternalError(message)
+
+
+def _set_prompt(message: pb.GenerateRequest, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        message.text = prompt
+        return
+    if isinstance(prompt, bytes):
+        raise InvalidRequest("prompt: bytes are neither text nor token ids; decode them first", "prompt")
+    tokens = [entry for entry in prompt if isinstance(entry, int)]
+    turns = [entry for entry in prompt if isinstance(entry, Mapping)]
+    if len(tokens) == len(prompt):
+        message.tokens.ids.extend(tokens)
+        message.tokens.SetInParent()
+        return
+    if len(turns) != len(prompt) or any(set(turn) != {"role", "content"} for turn in turns):
+        raise InvalidRequest('prompt: give a text, token ids, or messages with "role" and "content"', "prompt")
+    message.chat.messages.extend(pb.ChatMessage(role=turn["role"], content=turn["content"]) for turn in turns)
+
+
+def _sampling_to(options: GenerateOptions) -> pb.Sampling:
+    return pb.Sampling(
+        temperature=options.get("temperature"),
+        top_k=options.get("top_k"),
+        top_p=options.get("top_p"),
+        seed=options.get("seed"),
+        max_tokens=options.get("max_tokens"),
+        min_tokens=options.get("min_tokens"),
+        stop_token_ids=options.get("stop_token_ids", ()),
+        ignore_eos=options.get("ignore_eos", False),
+        logprobs=options.get("logprobs"),
+    )
+
+
+def _joined(chunks: Sequence[Chunk]) -> Completion:
+    last = chunks[-1]
+    if last.finish_reason is None or last.usage is None or last.stages is None:
+        raise Unavailable(f"the stream of request {last.request_id} ended before its sequence {last.index} did")
+    return Completion(
+        request_id=last.request_id,
+        index=last.index,
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        stages=last.stages,
+    )
+
+
+def _logprob_from(message: pb.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(message.token, message.logprob, tuple(zip(message.top_tokens, message.top_logprobs, strict=True)))
+
+
+def _usage_from(message: pb.Usage) -> Usage:
+    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens)
+
+
+def _stages_from(message: pb.StageTimes) -> Stages:
+    return Stages(
+        queue=message.queue,
+        prefill=message.prefill,
+        handoff=message.handoff,
+        first_decode=message.first_decode,
+        total=message.total,
+        attempts=message.attempts,
+    )
+
+
+def _worker_from(message: pb.WorkerInfo) -> Worker:
+    return Worker(
+        worker_id=message.worker_id,
+        epoch=message.epoch,
+        role=message.role,
+        state=message.state,
+        pid=message.pid,
+        assigned=message.assigned,
+        waiting=message.waiting,
+        running=message.running,
+        free_blocks=message.free_blocks,
+        total_blocks=message.total_blocks,
+        quarantined_blocks=message.quarantined_blocks,
+        tickets=message.tickets,
+        step=message.step,
+    )
+
+
+def _metadata(error: grpc.RpcError) -> dict[str, str]:
+    if not isinstance(error, grpc.Call | grpc.aio.AioRpcError):
+        return {}
+    pairs = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
+    return {key: value for key, value in pairs if isinstance(value, str)}

@@ -1,0 +1,74 @@
+"""Which processes a topology asks for, and what each is told at its start. Starts nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from ..core.topology import PoolSpec, RouterConfig, Topology, WorkerConfig
+from ..core.view import Role
+from .launcher import MemberSpec
+from .schema import split_host_port
+
+ROUTER_ID = "router-0"
+ENTRY_POINTS = {
+    Role.PREFILL: "baton.prefill_worker.server",
+    Role.DECODE: "baton.decode_worker.server",
+    Role.MIXED: "baton.decode_worker.server",
+}
+ROUTER_ENTRY_POINT = "baton.router.server"
+
+_WORKER_CONFIG = TypeAdapter(WorkerConfig)
+_ROUTER_CONFIG = TypeAdapter(RouterConfig)
+
+
+def member_specs(topology: Topology, controller: str, logs: Path) -> tuple[MemberSpec, ...]:
+    """One spec per worker of every pool and one for the router. `controller` is host:port; `logs` a folder."""
+    specs: list[MemberSpec] = []
+    for pool in topology.pools:
+        for index in range(pool.replicas):
+            specs.append(_worker_spec(topology, pool, f"{pool.role}-{index}", controller, logs, bundle=len(specs)))
+    config = RouterConfig(ROUTER_ID, topology, controller)
+    specs.append(
+        MemberSpec(
+            member_id=ROUTER_ID,
+            cluster=topology.cluster,
+            role="router",
+            module=ROUTER_ENTRY_POINT,
+            config_json=_ROUTER_CONFIG.dump_json(config).decode(),
+            log_path=str(logs / f"{ROUTER_ID}.log"),
+        )
+    )
+    return tuple(specs)
+
+
+def pin_router_ports(config_json: str, grpc: str, http: str) -> str:
+    """The router's configuration with "any free port" replaced by the ports that it now has."""
+    config = _ROUTER_CONFIG.validate_json(config_json)
+    router = config.topology.router
+    router = replace(router, grpc=_pin(router.grpc, grpc), http=_pin(router.http, http))
+    return _ROUTER_CONFIG.dump_json(replace(config, topology=replace(config.topology, router=router))).decode()
+
+
+def _worker_spec(topology: Topology, pool: PoolSpec, worker_id: str, controller: str, logs: Path, bundle: int) -> MemberSpec:
+    config = WorkerConfig(worker_id, topology.cluster, topology.model, pool, topology.kv_transfer, controller)
+    on_cpu = pool.accelerator == "cpu"
+    return MemberSpec(
+        member_id=worker_id,
+        cluster=topology.cluster,
+        role=pool.role.value,
+        module=ENTRY_POINTS[pool.role],
+        config_json=_WORKER_CONFIG.dump_json(config).decode(),
+        log_path=str(logs / f"{worker_id}.log"),
+        num_cpus=float(pool.threads) if on_cpu else 1.0,
+        num_gpus=0.0 if on_cpu else 1.0,
+        bundle=bundle,
+    )
+
+
+def _pin(wanted: str, actual: str) -> str:
+    if not actual or split_host_port(wanted)[1] != 0:
+        return wanted
+    return f"{wanted.rpartition(':')[0]}:{split_host_port(actual)[1]}"

@@ -1,0 +1,159 @@
+"""Forming one batch: who gets how much of a step's token budget, and the blocks for it.
+
+Decode rows come first, then the rest of prompts that were begun, then waiting sequences from the head of
+the queue. A sequence whose next token is not known yet gets a `pending` row only if the plan just before
+samples that token; otherwise it sits this plan out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ..core.step import PreemptedEvent, StepRow
+from .blocks import BlockPool
+from .phases import Phases
+from .sequence import Phase, SequenceState
+
+
+@dataclass(slots=True)
+class Batch:
+    """A plan in the making. `budget` and `seats` are the tokens and rows that are left."""
+
+    step: int
+    now: float
+    budget: int
+    seats: int
+    rows: list[StepRow] = field(default_factory=list)
+    sequences: list[SequenceState] = field(default_factory=list)
+
+    @property
+    def full(self) -> bool:
+        return self.budget == 0 or self.seats == 0
+
+    def add(self, sequence: SequenceState, num_tokens: int) -> None:
+        """Feed the next `num_tokens` tokens of `sequence`, whose blocks have room for them."""
+        start = sequence.num_planned
+        end = start + num_tokens
+        pending = sequence.num_placeholders > 0
+        sample = pending or end == len(sequence.tokens)
+        self.rows.append(
+            StepRow(
+                attempt=sequence.spec.attempt,
+                start=start,
+                tokens=() if pending else tuple(sequence.tokens[start:end]),
+                block_table=sequence.blocks,
+                sampling=sequence.spec.sampling,
+                output_index=sequence.num_output + sequence.num_placeholders,
+                sample=sample,
+                pending=pending,
+            )
+        )
+        self.sequences.append(sequence)
+        self.budget -= num_tokens
+        self.seats -= 1
+        sequence.num_planned = end
+        sequence.num_in_flight += 1
+        if sequence.first_scheduled is None:
+            sequence.first_scheduled = self.now
+        if sample:
+            sequence.num_placeholders += 1
+            sequence.last_sampled_step = self.step
+
+
+class Batcher:
+    """Fills batches from the sequences of one scheduler. `preempted` collects the events that this causes."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        phases: Phases,
+        max_running: int,
+        watermark: float,
+        prefix_cache: bool,
+        preempted: list[PreemptedEvent],
+    ) -> None:
+        self._pool = pool
+        self._phases = phases
+        self._max_running = max_running
+        self._reserve = int(watermark * pool.num_blocks)  # blocks that starting sequences leave to running ones
+        self._prefix_cache = prefix_cache
+        self._preempted = preempted
+
+    def fill(self, batch: Batch) -> None:
+        """Add rows until the budget, the seats, the blocks or the sequences run out."""
+        begun: list[SequenceState] = []
+        for sequence in self._phases.running:
+            if batch.full:
+                return
+            if sequence.phase is not Phase.RUNNING or not may_run(sequence, batch.step):
+                continue  # preempted for the benefit of one before it, or waiting for a commit
+            if sequence.num_remaining > 1:
+                begun.append(sequence)
+            elif self._make_room(sequence, 1):
+                batch.add(sequence, 1)
+        for sequence in begun:
+            if batch.full:
+                return
+            num_tokens = min(sequence.num_remaining, batch.budget)
+            if sequence.phase is Phase.RUNNING and self._make_room(sequence, num_tokens):
+                batch.add(sequence, num_tokens)
+        while not batch.full and (head := self._phases.waiting.first) is not None and self._start(head):
+            batch.add(head, min(head.num_remaining, batch.budget))
+
+    # ---- blocks --------------------------------------------------------------------------------
+
+    def _start(self, head: SequenceState) -> bool:
+        """Give the head of the queue blocks for all its known tokens. If they are missing it waits, and all behind it do."""
+        if len(self._phases.running) >= self._max_running:
+            return False
+        pool = self._pool
+        # At least one token must be left to compute: its logits are what is sampled from.
+        hits = pool.lookup_hashes(head.hashes((len(head.tokens) - 1) // pool.block_size)) if self._prefix_cache else ()
+        missing = pool.num_blocks_for(len(head.tokens)) - len(hits)
+        # The last sequences of a pool need no reserve for others: without this rule a long one might never start.
+        reserve = self._reserve if len(self._phases.running) else 0
+        fresh = pool.allocate(missing) if missing + reserve <= pool.num_free else None
+        if fresh is None:
+            pool.release(hits)
+            return False
+        self._phases.start(head, hits + fresh)
+        head.num_computed = head.num_planned = len(hits) * pool.block_size
+        head.num_published = len(hits)
+        if head.first_scheduled is None:
+            head.cached_tokens = head.num_computed
+        return True
+
+    def _make_room(self, sequence: SequenceState, num_tokens: int) -> bool:
+        """Blocks for the next `num_tokens` tokens of a running sequence, preempting younger ones if need be."""
+        missing = self._pool.num_blocks_for(sequence.num_planned + num_tokens) - len(sequence.blocks)
+        if missing <= 0:
+            return True
+        while (blocks := self._pool.allocate(missing)) is None:
+            if self._phases.draining_blocks:
+                return False  # the next commits free blocks: preempting more now would be too much
+            victim = next(self._victims(), None)
+            if victim is None:
+                return False
+            if (event := self._phases.preempt(victim)) is not None:
+                self._preempted.append(event)
+            if victim is sequence:
+                return False
+        sequence.blocks += blocks
+        return True
+
+    def _victims(self) -> Iterator[SequenceState]:
+        """Running sequences, lowest priority and youngest first.
+
+        The one that asks for blocks is among them and everybody before it in the batch is older, so that nobody
+        who has a row in this batch is taken. A sequence to be handed over never is: its blocks are being pushed.
+        """
+        return (sequence for sequence in reversed(self._phases.running) if not sequence.spec.hand_over)
+
+
+def may_run(sequence: SequenceState, step: int) -> bool:
+    """Whether step `step` may contain a row of this running sequence."""
+    if sequence.num_placeholders == 0:
+        return True
+    ends_soon = len(sequence.tokens) + sequence.num_placeholders >= sequence.limit
+    return sequence.last_sampled_step == step - 1 and not ends_soon and not sequence.spec.hand_over

@@ -1,0 +1,109 @@
+"""The engine's loop: plan, run, commit.
+
+All state lives on the event loop's thread; only `Executor.submit` works elsewhere. The loop sleeps
+when there is nothing to plan and is woken by whoever adds work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from ..core.clock import Clock
+from ..core.step import SequenceEvent, StepOutput, StepPlan
+from .executor import Executor
+from .scheduler import Scheduler
+from .timing import StepTimes
+
+PLAN_AHEAD_BELOW = 0.004  # seconds: shorter steps are planned ahead, since the host's work would show between them
+
+logger = logging.getLogger("baton.engine")
+
+
+class EngineLoop:
+    """Drives one scheduler and one executor.
+
+    times      learns from every committed step; may come with what the warm-up measured
+    on_events  called on the event loop with the number of each committed step and what it made, in order
+    on_failed  called when the executor raised; the scheduler has already given up the plan's sequences
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        times: StepTimes,
+        clock: Clock,
+        on_events: Callable[[int, list[SequenceEvent]], None],
+        on_failed: Callable[[StepPlan, Exception], None],
+    ) -> None:
+        self.times = times
+        self._scheduler = scheduler
+        self._executor = executor
+        self._clock = clock
+        self._on_events = on_events
+        self._on_failed = on_failed
+        self._in_flight: deque[tuple[StepPlan, Future[StepOutput]]] = deque()
+        self._wake = asyncio.Event()
+        self._last_step = 0
+
+    @property
+    def step(self) -> int:
+        """Number of the last step started."""
+        return self._last_step
+
+    @property
+    def in_step(self) -> bool:
+        return bool(self._in_flight)
+
+    @property
+    def predicted_step(self) -> float:
+        """Seconds that the running step (or the next one) is expected to take."""
+        if self._in_flight:
+            return self.times.predict(self._in_flight[0][0])
+        return max(self.times.decode_step, self.times.last_step)
+
+    def wake(self) -> None:
+        """New work may exist."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        while True:
+            if self._submit_next():
+                continue
+            if self._in_flight:
+                await self._commit_oldest()
+                continue
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _submit_next(self) -> bool:
+        depth = 2 if 0.0 < self.times.last_step < PLAN_AHEAD_BELOW else 1
+        if len(self._in_flight) >= depth:
+            return False
+        plan = self._scheduler.plan(self._clock.now())
+        if events := self._scheduler.take_events():
+            self._on_events(self._last_step, events)
+        if plan is None:
+            return False
+        self._last_step = plan.step
+        self._in_flight.append((plan, self._executor.submit(plan)))
+        return True
+
+    async def _commit_oldest(self) -> None:
+        plan, future = self._in_flight[0]
+        try:
+            output = await asyncio.wrap_future(future)
+        except Exception as error:
+            self._in_flight.popleft()
+            logger.exception("step %d failed", plan.step)
+            self._scheduler.fail(plan)
+            self._on_failed(plan, error)
+            return
+        self._in_flight.popleft()
+        self.times.observe(plan, output.seconds)
+        self._on_events(plan.step, self._scheduler.commit(plan, output, self._clock.now()))

@@ -1,0 +1,255 @@
+"""Every batching decision of a worker: which tokens of which sequences the next step feeds.
+
+There is no prefill phase in here, only sequences whose computed tokens catch up with their known tokens.
+The scheduler never looks at a clock, never does I/O and never draws a random number: the same calls give
+the same plans, in the service and in the simulator.
+
+Its parts: `sequence` (one sequence), `phases` (where each one stands, who gives blocks back), `batching`
+(forming a plan), `committing` (taking in what a step computed), `fast_forward` (how often a plan recurs).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..core.errors import InternalError, InvalidRequest
+from ..core.request import Attempt, SequenceSpec
+from ..core.step import PreemptedEvent, SequenceEvent, StepOutput, StepPlan
+from ..policy.ordering import Ordering, Waiting
+from .batching import Batch, Batcher
+from .blocks import BlockPool, HashChain
+from .committing import Committer, check_output
+from .fast_forward import num_repeats
+from .phases import Phases
+from .sequence import Phase, SequenceInfo, SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one scheduler.
+
+    max_step_tokens   token budget of a step: decode rows first, then chunks of prompts
+    max_num_seqs      rows of a step at most; sequences are not started beyond it (adopted ones may exceed it)
+    max_model_len     prompt and output tokens of a sequence at most
+    return_preempted  a preempted sequence leaves with a PreemptedEvent instead of waiting here to be computed again
+    watermark         share of the pool that a starting sequence leaves free for those that run
+    max_in_flight     plans that may be uncommitted at a time
+    """
+
+    max_step_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    return_preempted: bool = False
+    prefix_cache: bool = True
+    watermark: float = 0.01
+    max_in_flight: int = 2
+
+
+class Scheduler:
+    """Batches the sequences of one worker. Plans are committed (or failed) in the order in which they were made.
+
+    Events come from `commit`, except for sequences that `plan` preempts: those wait for `take_events`.
+    """
+
+    def __init__(self, pool: BlockPool, config: SchedulerConfig, order: Ordering) -> None:
+        if min(config.max_step_tokens, config.max_num_seqs, config.max_model_len, config.max_in_flight) < 1:
+            raise InternalError(f"every limit of a scheduler must be at least 1: {config}")
+        prefix_cache = config.prefix_cache and pool.prefix_cache
+        self._pool = pool
+        self._config = config
+        self._order = order
+        self._phases = Phases(pool, config.return_preempted)
+        self._preempted: list[PreemptedEvent] = []
+        self._batcher = Batcher(pool, self._phases, config.max_num_seqs, config.watermark, prefix_cache, self._preempted)
+        self._committer = Committer(pool, self._phases, prefix_cache)
+        self._uncommitted: deque[tuple[StepPlan, list[SequenceState]]] = deque()
+        self._step = 0
+        self._num_taken_in = 0
+        self._disturbed = False  # whether the next plan may differ because of what is in flight, came or went
+        self._just_ended: dict[Attempt, SequenceInfo] = {}
+
+    # ---- what is here --------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits, runs or is in flight. Held sequences are no work."""
+        return bool(self._uncommitted) or len(self._phases) > self._phases.num_held
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold no blocks."""
+        return len(self._phases.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks, without those that are held."""
+        return len(self._phases) - self.num_waiting - self.num_held
+
+    @property
+    def num_held(self) -> int:
+        """Sequences that are prefilled and wait to be handed over."""
+        return self._phases.num_held
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that have to be prefilled still, over all sequences."""
+        begun = sum(s.num_remaining for s in self._phases.running if s.num_placeholders == 0 and s.num_remaining > 1)
+        return begun + sum(len(s.tokens) for s in self._phases.waiting)
+
+    def info(self, attempt: Attempt) -> SequenceInfo | None:
+        """What is known of a sequence that is here, or that ended by its own rules in the latest commit."""
+        sequence = self._phases.get(attempt)
+        return self._just_ended.get(attempt) if sequence is None else sequence.info
+
+    # ---- sequences come and go -----------------------------------------------------------------
+
+    def add(self, spec: SequenceSpec, now: float) -> None:
+        """Queue a sequence to be prefilled here. `spec.output` is prefilled like the prompt.
+
+        Raises InvalidRequest when it can never run.
+        """
+        self._phases.wait(self._sequence(spec, list(spec.known_tokens), now))
+        self._disturbed = True
+
+    def adopt(self, spec: SequenceSpec, blocks: Sequence[int], first_token: int, now: float) -> None:
+        """Run on a sequence whose KV for `spec.known_tokens` lies in `blocks`, one reference of each passing to the scheduler.
+
+        `first_token` was sampled elsewhere and reported there; the next one sampled is output token len(spec.output) + 1.
+        Raises InvalidRequest when the sequence can never run; the references then stay with the caller.
+        """
+        known = spec.known_tokens
+        if spec.hand_over or len(blocks) * self._pool.block_size < len(known):
+            raise InternalError(f"{spec.attempt} cannot be adopted with {len(blocks)} blocks for {len(known)} tokens, {spec=}")
+        sequence = self._sequence(spec, [*known, first_token], now)
+        sequence.blocks = tuple(blocks)
+        sequence.num_computed = sequence.num_planned = len(known)
+        self._phases.adopt(sequence)
+        self._committer.publish(sequence)
+        self._disturbed = True
+
+    def abort(self, attempt: Attempt) -> bool:
+        """Drop a sequence in whatever phase. Returns whether it was here. No event follows."""
+        sequence = self._phases.get(attempt)
+        if sequence is None:
+            return False
+        self._phases.end(sequence)
+        self._disturbed = True
+        return True
+
+    def release(self, attempt: Attempt) -> None:
+        """A sequence to be handed over has been, or is given up: its blocks go. Harmless when it is not here."""
+        sequence = self._phases.get(attempt)
+        if sequence is not None and not sequence.spec.hand_over:
+            raise InternalError(f"{attempt} runs here to its end and was never to be handed over")
+        self.abort(attempt)
+
+    # ---- plan, commit --------------------------------------------------------------------------
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step, or None: nothing can run now, or `max_in_flight` plans are uncommitted."""
+        if len(self._uncommitted) >= self._config.max_in_flight:
+            return None
+        batch = Batch(self._step + 1, now, self._config.max_step_tokens, self._config.max_num_seqs)
+        self._batcher.fill(batch)
+        self._disturbed = bool(self._uncommitted)
+        if not batch.rows:
+            return None
+        self._step = batch.step
+        plan = StepPlan(batch.step, tuple(batch.rows))
+        self._uncommitted.append((plan, batch.sequences))
+        return plan
+
+    def commit(self, plan: StepPlan, output: StepOutput, now: float) -> list[SequenceEvent]:
+        """Take in what the oldest uncommitted plan computed. Returns its events, in the order of its rows."""
+        check_output(plan, output)
+        sequences = self._take_oldest(plan)
+        self._just_ended = {}
+        events: list[SequenceEvent] = []
+        for sequence, row, answer in zip(sequences, plan.rows, output.rows, strict=True):
+            made = self._committer.commit_row(sequence, row, answer)
+            if made and sequence.phase is Phase.ENDED:
+                self._just_ended[sequence.attempt] = sequence.info
+            events += made
+        return events
+
+    def fail(self, plan: StepPlan) -> list[Attempt]:
+        """The executor failed on the oldest uncommitted plan: its sequences are given up. Returns those that were here still."""
+        given_up = []
+        for sequence in self._take_oldest(plan):
+            if sequence.phase is not Phase.ENDED:
+                self._phases.end(sequence)
+                given_up.append(sequence.attempt)
+            self._phases.row_done(sequence)
+        self._disturbed = True
+        return given_up
+
+    def take_events(self) -> list[SequenceEvent]:
+        """The PreemptedEvents that `plan` gave rise to since the last call."""
+        events: list[SequenceEvent] = list(self._preempted)
+        self._preempted.clear()
+        return events
+
+    def repeatable(self, plan: StepPlan) -> int:
+        """How many steps in a row consist of this plan's rows, each one token further on, if no event and no stop token comes.
+
+        Asked before `plan` is committed. At least 1: the plan itself; and 1 for a plan that was made ahead of a commit.
+        """
+        if not self._uncommitted or self._uncommitted[-1][0] is not plan or self._disturbed:
+            return 1
+        sequences = self._uncommitted[-1][1]
+        if not all(row.sample and row.num_tokens == 1 for row in plan.rows) or any(s.spec.hand_over for s in sequences):
+            return 1
+        has_seat = len(self._phases.running) < self._config.max_num_seqs
+        return num_repeats(plan, sequences, self._pool, until_publish=self.num_waiting > 0 and has_seat)
+
+    def check(self) -> None:
+        """Raise InternalError unless the books are in order."""
+        self._phases.check()
+        self._pool.check()
+
+    # ---- inside --------------------------------------------------------------------------------
+
+    def _sequence(self, spec: SequenceSpec, tokens: list[int], now: float) -> SequenceState:
+        self._require_possible(spec, len(tokens))
+        self._num_taken_in += 1
+        waiting = Waiting(len(tokens), spec.arrival, spec.priority)
+        return SequenceState(
+            spec=spec,
+            limit=self._limit(spec),
+            age_key=(-spec.priority, spec.arrival, self._num_taken_in),
+            queue_key=(*self._order(waiting), self._num_taken_in),
+            chain=HashChain(self._pool.block_size),
+            tokens=tokens,
+            added=now,
+        )
+
+    def _limit(self, spec: SequenceSpec) -> int:
+        return min(len(spec.prompt) + spec.sampling.max_tokens, self._config.max_model_len)
+
+    def _require_possible(self, spec: SequenceSpec, num_tokens: int) -> None:
+        """`num_tokens` is how many are known; there must be something to feed, something to sample, and room for all of it."""
+        limit = self._limit(spec)
+        if not spec.prompt:
+            raise InvalidRequest(f"{spec.attempt}: the prompt is empty, at least one token is needed", field="prompt")
+        if num_tokens >= limit:
+            raise InvalidRequest(
+                f"{spec.attempt}: {num_tokens} tokens are there already and the sequence ends at {limit} (prompt + max_tokens, "
+                f"and max_model_len {self._config.max_model_len}): nothing is left to sample",
+                field="prompt" if num_tokens >= self._config.max_model_len else "max_tokens",
+            )
+        num_cached = num_tokens if spec.hand_over else limit - 1  # the last token sampled is never fed
+        need = self._pool.num_blocks_for(num_cached)
+        if need > self._pool.num_blocks:
+            raise InvalidRequest(
+                f"{spec.attempt}: KV for {num_cached} tokens needs {need} blocks of {self._pool.block_size}, "
+                f"the pool has {self._pool.num_blocks}",
+                field="max_tokens",
+            )
+
+    def _take_oldest(self, plan: StepPlan) -> list[SequenceState]:
+        if not self._uncommitted or self._uncommitted[0][0] is not plan:
+            oldest = self._uncommitted[0][0].step if self._uncommitted else "none"
+            raise InternalError(f"plan {plan.step} cannot be committed now: the oldest uncommitted plan is {oldest}")
+        return self._uncommitted.popleft()[1]

@@ -1,0 +1,32 @@
+"""What a kernel is told of a step: where each row's tokens stand in the packed batch, and where their KV lives.
+
+Rows are packed one after the other: row i owns packed tokens [offset, offset + num_tokens).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """One row of a step.
+
+    offset       index of its first token in the packed batch
+    num_tokens   tokens fed, at positions start, start + 1, ...
+    start        position of the first of them; KV of positions [0, start) is in the cache
+    block_table  blocks of positions [0, end), in order, no more than that
+    clear_tail   whether the slots behind `end` in the last block may hold anything at all, NaN included,
+                 because an earlier owner or a transfer left them so; the kernel must then not be misled by them
+    """
+
+    offset: int
+    num_tokens: int
+    start: int
+    block_table: tuple[int, ...]
+    clear_tail: bool = True
+
+    @property
+    def end(self) -> int:
+        """Number of tokens in the cache after the step."""
+        return self.start + self.num_tokens

@@ -1,0 +1,161 @@
+"""The oracle of every kernel, and what a reader reads first: plain, slow and obviously right.
+
+Faster kernels are tested against these functions. Nothing here may be optimised.
+
+Letters used for shapes: T packed tokens of a step, H query heads, K KV heads, G = H / K query heads per KV
+head, D head dimension, S slots per block, N blocks, L layers, V vocabulary.
+The pool is `kv[N, L, 2, K, S, D]`; index 0 of the third axis is keys, 1 is values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .batch import RowSpan
+
+_PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+_MASK = 0xFFFFFFFF
+LARGEST_UNIFORM = 1.0 - 2.0**-24  # the float32 below 1: keeps -log(1 - u) finite
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [T, E], weight [E] -> [T, E]. In float32, cast back before the weight (Zhang and Sennrich 2019)."""
+    wide = x.float()  # [T, E]
+    mean_square = wide.pow(2).mean(-1, keepdim=True)  # [T, 1]
+    return weight * (wide * torch.rsqrt(mean_square + eps)).to(x.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, D], cos and sin [T, D / 2] -> [T, heads, D].
+
+    Dimension i is paired with i + D / 2 and turned by the angle of its token (Su et al. 2021, in the
+    half-split order of the Hugging Face models).
+    """
+    low, high = x.chunk(2, dim=-1)  # [T, heads, D / 2] each
+    cos, sin = cos[:, None], sin[:, None]  # [T, 1, D / 2]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2F], gate first -> silu(gate) * up [T, F] (SwiGLU, Shazeer 2020)."""
+    gate, up = gate_up.chunk(2, dim=-1)  # [T, F] each
+    return gate * torch.sigmoid(gate.float()).to(gate.dtype) * up
+
+
+def write_kv(kv: Tensor, layer: int, row: RowSpan, keys: Tensor, values: Tensor) -> None:
+    """Store keys and values [row.num_tokens, K, D] at positions [start, end) of the row's blocks."""
+    block_size = kv.shape[4]
+    for i in range(row.num_tokens):
+        position = row.start + i
+        block, slot = row.block_table[position // block_size], position % block_size
+        kv[block, layer, 0, :, slot] = keys[i]
+        kv[block, layer, 1, :, slot] = values[i]
+
+
+def read_kv(kv: Tensor, layer: int, block_table: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [num_tokens, K, D] of the first positions of a block table."""
+    block_size = kv.shape[4]
+    slots = [kv[block_table[p // block_size], layer, :, :, p % block_size] for p in range(num_tokens)]  # [2, K, D] each
+    stacked = torch.stack(slots, dim=1)  # [2, num_tokens, K, D]
+    return stacked[0], stacked[1]
+
+
+def attention(query: Tensor, kv: Tensor, layer: int, row: RowSpan) -> Tensor:
+    """Causal attention of one row over its cache: query [row.num_tokens, H, D] -> [row.num_tokens, H, D].
+
+    The token at position p sees the positions [0, p]. In float32 throughout.
+    """
+    keys, values = read_kv(kv, layer, row.block_table, row.end)  # [end, K, D]
+    group = query.shape[1] // keys.shape[1]
+    scale = 1.0 / math.sqrt(query.shape[2])
+    out = torch.empty_like(query)
+    for i in range(row.num_tokens):
+        visible = row.start + i + 1
+        for head in range(query.shape[1]):
+            k = keys[:visible, head // group].float()  # [visible, D]
+            v = values[:visible, head // group].float()  # [visible, D]
+            weights = torch.softmax(k @ query[i, head].float() * scale, dim=0)  # [visible]
+            out[i, head] = (weights @ v).to(query.dtype)
+    return out
+
+
+class ReferenceAttention:
+    """One step's attention, row by row. Has the face of every attention backend: see `table.PagedAttention`."""
+
+    def __init__(self, kv: Tensor, rows: Sequence[RowSpan]) -> None:
+        self._kv = kv  # [N, L, 2, K, S, D]
+        self._rows = rows
+
+    def run(self, layer: int, qkv: Tensor) -> Tensor:
+        """qkv [T, H + 2K, D], rotated; returns [T, H * D]."""
+        kv_heads = self._kv.shape[3]
+        heads = qkv.shape[1] - 2 * kv_heads
+        out = qkv.new_empty((qkv.shape[0], heads * qkv.shape[2]))  # [T, H * D]
+        for row in self._rows:
+            tokens = slice(row.offset, row.offset + row.num_tokens)
+            query, keys, values = torch.split(qkv[tokens], [heads, kv_heads, kv_heads], dim=1)
+            write_kv(self._kv, layer, row, keys, values)
+            out[tokens] = attention(query, self._kv, layer, row).flatten(1)
+        return out
+
+
+def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10: four random 32-bit words of a 128-bit counter under a 64-bit key (Salmon et al., SC 2011)."""
+    x0, x1, x2, x3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = _PHILOX_M0 * x0, _PHILOX_M1 * x2  # 64-bit products
+        x0, x1, x2, x3 = (p1 >> 32) ^ x1 ^ k0, p1 & _MASK, (p0 >> 32) ^ x3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _PHILOX_W0) & _MASK, (k1 + _PHILOX_W1) & _MASK
+    return x0, x1, x2, x3
+
+
+def random_word(seed: int, sequence_index: int, output_index: int, token: int) -> int:
+    """The 32 random bits that belong to one candidate token at one place of one sequence.
+
+    A draw depends on nothing else, so it is the same in any batch, on any worker, after any retry.
+    """
+    key = (seed & _MASK, seed >> 32)
+    return philox4x32((token // 4, output_index, sequence_index, 0), key)[token % 4]
+
+
+def exponential_noise(words: Tensor) -> Tensor:
+    """32-bit words as int64 [...] -> float32 draws of the exponential distribution [...].
+
+    u = (word + 0.5) / 2**32 and e = -log(1 - u): small e, which decide the draw, come from small u, where
+    float32 is fine-grained.
+    """
+    uniform = ((words.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=LARGEST_UNIFORM)
+    return -torch.log1p(-uniform)
+
+
+def gumbel_sample(logits: Tensor, seed: int, sequence_index: int, output_index: int) -> int:
+    """Draw one token from softmax(logits), logits [V] (-inf bans a token).
+
+    The Gumbel-max trick: argmax of logit + g with g = -log(e), e exponential.
+    """
+    words = [random_word(seed, sequence_index, output_index, token) for token in range(logits.shape[0])]
+    noise = -torch.log(exponential_noise(torch.tensor(words)))  # [V]
+    return int(torch.argmax(logits.float() + noise))
+
+
+def truncate(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Scale and truncate logits [V]: temperature, then top-k, then top-p; dropped tokens become -inf.
+
+    Tokens that tie with the last one kept are kept too, so the result does not depend on a sort's order.
+    """
+    scaled = (logits.float() - logits.float().max()) / temperature  # [V], the likeliest at 0
+    if 0 < top_k < scaled.shape[0]:
+        scaled = scaled.masked_fill(scaled < scaled.sort(descending=True).values[top_k - 1], -math.inf)
+    if top_p < 1.0:
+        ordered = scaled.sort(descending=True).values  # [V]
+        probabilities = torch.softmax(ordered, dim=0)
+        before = probabilities.cumsum(0) - probabilities  # mass of the likelier tokens
+        num_kept = max(1, int((before < top_p).sum()))
+        scaled = scaled.masked_fill(scaled < ordered[num_kept - 1], -math.inf)
+    return scaled

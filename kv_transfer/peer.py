@@ -1,0 +1,123 @@
+"""The receiving side of the side channel: checks every frame with the sink before a byte of it is accepted.
+
+Serves the shm transport (the bytes lie in the pool already and are verified in place) and the grpc transport
+(the bytes come along). Frames of one source are handled in order, so its STOP comes after all it has sent.
+A chunk is checked, verified and copied without giving up the event loop in between: no byte is ever written
+under a ticket that has died meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+
+import grpc
+
+from ..core.errors import TransferDamaged, TransferError, TransferRefused
+from ..core.request import WorkerRef
+from .frames import CHUNK_BYTES, METHOD_NAME, METHOD_SERVICE, Kind, Reply, Request, Runs, Status, checksum_of
+from .pool import PoolMemory
+from .transport import Sink
+
+logger = logging.getLogger("baton.kv_transfer")
+
+
+def add_peer_service(
+    server: grpc.aio.Server, memory: PoolMemory, worker: WorkerRef, sink: Sink, checksum: bool = True
+) -> PeerServer:
+    """Let `worker` receive KV into `memory` over `server`. With `checksum` bytes that come without one are refused."""
+    peer = PeerServer(memory, worker, sink, checksum)
+    handler = grpc.stream_stream_rpc_method_handler(peer.transfer)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(METHOD_SERVICE, {METHOD_NAME: handler}),))
+    return peer
+
+
+class PeerServer:
+    """One worker's receiving end, for all its sources."""
+
+    def __init__(self, memory: PoolMemory, worker: WorkerRef, sink: Sink, checksum: bool) -> None:
+        self._memory = memory
+        self._worker = worker
+        self._sink = sink
+        self._checksum = checksum
+
+    async def transfer(self, _: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        """The stream of one source, until it ends."""
+        while isinstance(frame := await context.read(), bytes):  # else the end of the stream
+            try:
+                request, payload = Request.unpack(frame)
+            except TransferDamaged as error:
+                # Nobody can say whose frame it was: everything under way on this stream is in doubt.
+                await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+            reply = await self.answer(request, payload)
+            if reply is not None:
+                await context.write(reply.pack())
+
+    async def answer(self, request: Request, payload: memoryview) -> Reply | None:
+        """Handle one frame; None when it needs no answer."""
+        try:
+            if request.header.target != self._worker:
+                raise TransferRefused(f"the frame is for {request.header.target}, this is {self._worker}")
+            match request.kind:
+                case Kind.CHUNK:
+                    self._take_chunk(request, payload)
+                    return None
+                case Kind.PLACED:
+                    await self._take_placed(request)
+                case Kind.STOP:
+                    self._sink.stopped(request.header.source, request.header.attempt)
+        except TransferDamaged as error:
+            logger.warning("%s from %s: %s", request.header.attempt, request.header.source, error)
+            self._sink.damaged(request.header, str(error))
+            return Reply.to_error(request.number, error)
+        except TransferError as error:
+            return Reply.to_error(request.number, error)
+        return Reply(request.number, Status.OK)
+
+    def _take_chunk(self, request: Request, payload: memoryview) -> None:
+        """Copy the bytes of one chunk (at most CHUNK_BYTES, 0.1 ms) into the pool."""
+        self._sink.check(request.header)
+        self._check_runs(request)
+        num_bytes = sum(length for _, length in request.runs)
+        if len(payload) != num_bytes:
+            raise TransferDamaged(f"a chunk of {len(payload)} bytes came where {num_bytes} were announced")
+        if self._checksum:
+            _compare(request, checksum_of([payload]))
+        buffer, start = self._memory.buffer, 0
+        for offset, length in request.runs:
+            buffer[offset : offset + length] = payload[start : start + length]
+            start += length
+
+    async def _take_placed(self, request: Request) -> None:
+        """Verify bytes that lie in the pool and report the push as landed."""
+        if request.runs:
+            self._sink.check(request.header)
+            self._check_runs(request)
+            if self._checksum:
+                await self._verify(request)
+        self._sink.landed(request.header)
+
+    async def _verify(self, request: Request) -> None:
+        pieces = self._pieces(request.runs)
+        if sum(length for _, length in request.runs) <= CHUNK_BYTES:
+            _compare(request, checksum_of(pieces))
+        else:
+            _compare(request, await asyncio.to_thread(checksum_of, pieces))
+
+    def _pieces(self, runs: Runs) -> Iterator[memoryview]:
+        buffer = self._memory.buffer
+        return (buffer[offset : offset + length] for offset, length in runs)
+
+    def _check_runs(self, request: Request) -> None:
+        size = self._memory.num_bytes
+        for offset, length in request.runs:
+            if not 0 <= offset <= offset + length <= size:
+                raise TransferDamaged(f"bytes [{offset}, {offset + length}) are outside of a pool of {size} bytes")
+        if self._checksum and request.checksum is None:
+            raise TransferDamaged("the bytes came without a checksum, which this worker asks for")
+
+
+def _compare(request: Request, found: int) -> None:
+    if found != request.checksum:
+        raise TransferDamaged(f"checksum {found:016x} instead of {request.checksum or 0:016x}")

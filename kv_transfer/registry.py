@@ -1,0 +1,51 @@
+"""The transports by name, and which of them to use for a peer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ..core.errors import TransferRefused
+from ..core.kv import Endpoint
+from .grpc_stream import GrpcTransport
+from .link import PeerLinks
+from .pool import PoolMemory
+from .shm import ShmTransport
+from .transport import Transport
+
+AUTO = "auto"
+
+# Own endpoint, own pool, links to peers, checksum. In the order in which `auto` prefers them.
+Factory = Callable[[Endpoint, PoolMemory, PeerLinks, bool], Transport]
+
+TRANSPORTS: dict[str, Factory] = {
+    "shm": lambda own, memory, links, checksum: ShmTransport(memory, own.host, links, checksum),
+    "grpc": lambda own, memory, links, checksum: GrpcTransport(memory, links, checksum),
+}
+
+
+def make_transports(own: Endpoint, memory: PoolMemory, checksum: bool = True) -> dict[str, Transport]:
+    """Every transport for a worker that pushes from `memory`; they share one connection per peer."""
+    links = PeerLinks()
+    return {name: factory(own, memory, links, checksum) for name, factory in TRANSPORTS.items()}
+
+
+def choose(name: str, endpoint: Endpoint, transports: Mapping[str, Transport]) -> Transport:
+    """The transport `name`, or with `auto` the first that reaches the endpoint. Raises TransferRefused when none does."""
+    if name == AUTO:
+        for transport in transports.values():
+            if transport.reaches(endpoint):
+                return transport
+        raise TransferRefused(f"none of the transports {sorted(transports)} reaches {endpoint.worker} at {endpoint.address!r}")
+    if name not in transports:
+        raise TransferRefused(f"no transport is called {name!r}; there are {AUTO}, {', '.join(sorted(transports))}")
+    if not transports[name].reaches(endpoint):
+        raise TransferRefused(f"transport {name} does not reach {endpoint.worker} at {endpoint.address!r} on {endpoint.host}")
+    return transports[name]
+
+
+def host_identity() -> str:
+    """Names the machine and its process namespace: processes with equal identities can map each other's pools."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{os.readlink('/proc/self/ns/pid')}"

@@ -1,0 +1,223 @@
+"""The router's process: reads its configuration, puts the parts together, serves, ends cleanly.
+
+`python -m baton.router.server '<RouterConfig as JSON>'`. This is a composition root: the only module of the
+router that knows the faces and chooses policies by their names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import uvloop
+from pydantic import TypeAdapter, ValidationError
+
+from .. import __version__
+from ..api.grpc_server import HealthFace, InferenceFace, ServerInfo, build_server
+from ..api.http_server import HttpFace, HttpServer
+from ..api.model_info import load_model_info, model_directory
+from ..api.tokenizer import TextTokenizer
+from ..core.clock import MonotonicClock
+from ..core.errors import BatonError, TopologyError, Unavailable
+from ..core.topology import RouterConfig, Topology
+from ..observability.logs import configure
+from ..observability.metrics import Metrics
+from ..policy.admission import ADMISSION
+from ..policy.routing import ROUTING
+from ..proto import worker_pb2 as pb
+from .lifecycle import Lifecycle, LifecycleConfig
+from .readiness import Readiness
+from .roster import ControllerLink
+from .service import RouterService, ServiceOptions
+from .tape import TapeWriter
+
+SHUTDOWN_GRACE = 2.0  # seconds that running requests get to end by themselves
+ORPHAN_CHECK = 1.0  # seconds between looks at the controller link
+
+logger = logging.getLogger("baton.router")
+
+
+def run(config_json: str, tape: str | None = None) -> int:
+    """Serve until told to stop; the exit status of the process. `tape` is a file to record the lifecycle's events in.
+
+    A problem with the configuration, the model or a port is printed in one line.
+    """
+    try:
+        config = TypeAdapter(RouterConfig).validate_json(config_json)
+    except ValidationError as error:
+        configure("router")
+        logger.error("the router's configuration is not valid: %s", error)
+        return 1
+    configure(config.router_id)
+    try:
+        uvloop.run(serve_router(config, Path(tape) if tape else None))
+    except Unavailable as error:
+        logger.warning("%s", error)
+        return 3
+    except BatonError as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+async def serve_router(config: RouterConfig, tape: Path | None = None) -> None:
+    """Build and serve one router on the running event loop until a signal, or until it is refused or orphaned."""
+    topology = config.topology
+    directory = model_directory(topology.model)
+    model = load_model_info(topology.model, directory)
+    tokenizer = TextTokenizer.load(directory)
+    metrics, writer = Metrics(), TapeWriter(tape) if tape else None
+    epoch = secrets.randbits(48)
+    options = ServiceOptions(config.router_id, epoch, topology.router.request_timeout, topology.router.seed)
+    link = ControllerLink(config.controller, config.router_id)
+    service = RouterService(options, _lifecycle(topology), MonotonicClock(), link, metrics, writer)
+    health = HealthFace()
+    changes: asyncio.Queue[bool] = asyncio.Queue()
+    canary = (await tokenizer.encode("a", add_special_tokens=False))[:2] or (0,)
+    readiness = Readiness(service, canary, changes.put_nowait)
+    metrics.observe_cluster(
+        lambda: service.num_active, lambda: service.num_pending, lambda: readiness.ready, service.membership.samples
+    )
+    info = ServerInfo(__version__, topology.cluster, config.router_id, topology.slo, time.monotonic())
+    grpc_server = build_server(InferenceFace(service, readiness, model, tokenizer, info), health)
+    grpc_address = _bind_grpc(grpc_server, topology.router.grpc)
+    listener = _bind_http(topology.router.http)
+    http_server = HttpServer(HttpFace(service, readiness, metrics, model, tokenizer, topology.slo).app(), listener)
+    registration = pb.Registration(
+        worker=pb.WorkerId(worker_id=config.router_id, epoch=epoch),
+        role="router",
+        address=_announced(grpc_address, config.bind_host),
+        http_address=_announced(_address_of(listener), config.bind_host),
+        pid=os.getpid(),
+        host=socket.gethostname(),
+    )
+    await health.set(False)
+    await grpc_server.start()
+    service.start()
+    logger.info("router %s serves gRPC on %s, HTTP on %s", config.router_id, grpc_address, registration.http_address)
+    http = asyncio.create_task(http_server.serve(), name="http")
+    background = [
+        asyncio.create_task(readiness.run(), name="readiness"),
+        asyncio.create_task(_publish(changes, health), name="health"),
+        asyncio.create_task(link.stay_registered(registration), name="registration"),
+        asyncio.create_task(_orphaned(link, service, config), name="orphan watch"),
+        asyncio.create_task(_signalled(), name="signals"),
+    ]
+    try:
+        done, _ = await asyncio.wait([http, *background], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        await health.set(False)
+        await service.close(SHUTDOWN_GRACE)
+        http_server.stop()
+        await asyncio.gather(http, grpc_server.stop(0.5), return_exceptions=True)
+        if writer is not None:
+            writer.close()
+        logger.info("router %s has ended", config.router_id)
+
+
+async def _publish(changes: asyncio.Queue[bool], health: HealthFace) -> None:
+    """Readiness, as grpc.health.v1 shows it."""
+    while True:
+        await health.set(await changes.get())
+
+
+async def _orphaned(link: ControllerLink, service: RouterService, config: RouterConfig) -> None:
+    """Raise Unavailable when nobody has looked after this process for too long and it serves nobody."""
+    while True:
+        remaining = config.orphan_grace - link.away_for
+        if remaining <= 0 and not service.num_active:
+            raise Unavailable(f"no controller at {config.controller} for {config.orphan_grace:g} s: ending this router")
+        await asyncio.sleep(max(ORPHAN_CHECK, remaining))
+
+
+async def _signalled() -> None:
+    """Return on SIGTERM or SIGINT. Outside the main thread (inside a Ray actor) signals are not ours: never."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(RuntimeError, ValueError):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+
+
+def _lifecycle(topology: Topology) -> Lifecycle:
+    """The brain with the policies that the topology names."""
+    router = topology.router
+    if router.routing not in ROUTING:
+        raise TopologyError(f"router.routing: {router.routing!r} is not one of {', '.join(ROUTING)}")
+    if router.admission not in ADMISSION:
+        raise TopologyError(f"router.admission: {router.admission!r} is not one of {', '.join(ADMISSION)}")
+    config = LifecycleConfig(
+        slo=topology.slo,
+        lease=topology.kv_transfer.lease,
+        request_timeout=router.request_timeout,
+        local_prefill_tokens=router.local_prefill_tokens,
+    )
+    return Lifecycle(config, ROUTING[router.routing], ADMISSION[router.admission](router.max_queue, topology.slo))
+
+
+def _bind_grpc(server: grpc.aio.Server, address: str) -> str:
+    """Bind; the address with the real port. Raises TopologyError."""
+    host, _ = _split(address, "router.grpc")
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise TopologyError(f"router.grpc: {address} cannot be bound, is the port taken? ({error})") from error
+    return f"{host}:{port}"
+
+
+def _bind_http(address: str) -> socket.socket:
+    """Bind and listen. Raises TopologyError."""
+    host, port = _split(address, "router.http")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host.strip("[]"), port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise TopologyError(f"router.http: {address} cannot be bound: {error.strerror}") from error
+    listener.setblocking(False)
+    return listener
+
+
+def _split(address: str, key: str) -> tuple[str, int]:
+    host, separator, port = address.rpartition(":")
+    if not (separator and host and port.isdigit() and int(port) < 1 << 16):
+        raise TopologyError(f"{key}: {address!r} is not host:port")
+    return host, int(port)
+
+
+def _address_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _announced(address: str, bind_host: str) -> str:
+    """The address under which others reach a socket: a wildcard is no destination."""
+    host, _, port = address.rpartition(":")
+    return f"{bind_host}:{port}" if host in ("0.0.0.0", "[::]") else address
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Run one router.")
+    parser.add_argument("config", help="a RouterConfig as JSON")
+    parser.add_argument("--tape", help="file to record the lifecycle's events in")
+    arguments = parser.parse_args()
+    sys.exit(run(arguments.config, arguments.tape))

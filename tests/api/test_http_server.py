@@ -1,0 +1,324 @@
+"""The HTTP face over real sockets: OpenAI's own client, raw events, errors, disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import httpx
+import openai
+import pytest
+from baton.core.topology import RouterSpec
+from baton.core.view import Role
+from baton.tests.router.router_process import Router, running_router, tokenizer
+
+TEXT = "def wörks(x): return 🙂 and then some more words"
+
+
+@pytest.fixture
+async def router() -> AsyncIterator[Router]:
+    async with running_router(text=TEXT) as running:
+        yield running
+
+
+@pytest.fixture
+async def client(router: Router) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0) as openai_client:
+        yield openai_client
+
+
+@pytest.fixture
+async def http(router: Router) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=router.url, timeout=20) as raw:
+        yield raw
+
+
+async def test_models(client: openai.AsyncOpenAI) -> None:
+    assert [model.id for model in (await client.models.list()).data] == ["pydoc"]
+    assert (await client.models.retrieve("pydoc")).owned_by == "baton"
+    with pytest.raises(openai.NotFoundError):
+        await client.models.retrieve("gpt-4")
+
+
+async def test_completion(client: openai.AsyncOpenAI) -> None:
+    answer = await client.completions.create(model="pydoc", prompt="Hello", max_tokens=100, temperature=0)
+    assert answer.choices[0].text == TEXT
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == len(await tokenizer().encode(TEXT, False)) + 1  # and the end token
+    assert answer.usage.prompt_tokens == len(await tokenizer().encode("Hello"))
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer._request_id is not None
+
+
+async def test_completion_defaults_to_sixteen_tokens(client: openai.AsyncOpenAI) -> None:
+    answer = await client.completions.create(model="pydoc", prompt="Hello", extra_body={"ignore_eos": True})
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 16
+    assert answer.choices[0].finish_reason == "length"
+
+
+async def test_completion_streams_the_same_text(client: openai.AsyncOpenAI) -> None:
+    stream = await client.completions.create(
+        model="pydoc", prompt=[5, 6, 7], max_tokens=100, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == TEXT
+    assert len(chunks) > 3
+    assert [choice.finish_reason for chunk in chunks for choice in chunk.choices][-1] == "stop"
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.prompt_tokens == 3
+
+
+async def test_several_prompts_and_sequences(client: openai.AsyncOpenAI) -> None:
+    answer = await client.completions.create(model="pydoc", prompt=["a", "b"], n=2, max_tokens=100, seed=3)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in answer.choices] == [TEXT] * 4
+    stream = await client.completions.create(model="pydoc", prompt=[[7], [8, 9]], n=2, max_tokens=100, stream=True)
+    texts = [""] * 4
+    async for chunk in stream:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [TEXT] * 4
+
+
+async def test_completion_logprobs(client: openai.AsyncOpenAI) -> None:
+    answer = await client.completions.create(model="pydoc", prompt="a", max_tokens=4, logprobs=2)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert len(logprobs.tokens or []) == 4
+    assert logprobs.token_logprobs == [-0.5] * 4
+    tops = logprobs.top_logprobs or []
+    assert [top[token] for top, token in zip(tops, logprobs.tokens or [], strict=True)] == [-0.5] * 4
+    assert sorted(tops[0].values()) == [-1.5, -0.5]
+    lengths = [len(token) for token in logprobs.tokens or []]
+    assert logprobs.text_offset == [sum(lengths[:index]) for index in range(4)]
+
+
+async def test_chat(client: openai.AsyncOpenAI) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    answer = await client.chat.completions.create(model="pydoc", messages=messages)
+    assert answer.choices[0].message.content == TEXT
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "stop"
+    messages += [answer.choices[0].message, {"role": "user", "content": "More"}]  # an answer can be sent back
+    again = await client.chat.completions.create(model="pydoc", messages=messages, max_completion_tokens=1)
+    assert again.choices[0].finish_reason == "length"
+
+
+async def test_chat_renders_the_template(router: Router, client: openai.AsyncOpenAI) -> None:
+    await client.chat.completions.create(model="pydoc", messages=[{"role": "user", "content": "Hi"}], max_tokens=1)
+    submit = [m.submit for m in router.cluster.workers["p0"].received if m.WhichOneof("body") == "submit"][-1]
+    expected = await tokenizer().encode("<|bos|><|user|>Hi<|end|><|assistant|>", False)
+    assert tuple(submit.sequence.prompt) == expected
+    assert list(submit.sequence.sampling.stop_token_ids) == [1, 4]
+
+
+async def test_chat_streams_with_logprobs(client: openai.AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(
+        model="pydoc",
+        messages=[{"role": "user", "content": "Hi"}],
+        n=2,
+        stream=True,
+        logprobs=True,
+        top_logprobs=1,
+        stream_options={"include_usage": True},
+    )
+    texts, roles, tokens, finishes, usage = ["", ""], [], 0, [], None
+    async for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            roles += [choice.delta.role] if choice.delta.role else []
+            finishes += [choice.finish_reason] if choice.finish_reason else []
+            tokens += len((choice.logprobs.content or []) if choice.logprobs else [])
+    assert texts == [TEXT, TEXT]
+    assert roles == ["assistant", "assistant"]
+    assert finishes == ["stop", "stop"]
+    assert usage is not None
+    assert usage.completion_tokens == tokens
+
+
+async def test_stop_string_cuts_text_and_ends_the_work(router: Router, client: openai.AsyncOpenAI) -> None:
+    answer = await client.completions.create(model="pydoc", prompt="a", max_tokens=1000, stop=["never", " and"])
+    assert answer.choices[0].text == TEXT[: TEXT.index(" and")]
+    assert answer.choices[0].finish_reason == "stop"
+    stream = await client.completions.create(model="pydoc", prompt="a", max_tokens=100, stop=" and", stream=True)
+    assert "".join([chunk.choices[0].text async for chunk in stream]) == TEXT[: TEXT.index(" and")]
+    await router.cluster.workers["d1"].until_received("abort")
+
+
+async def test_raw_events(http: httpx.AsyncClient) -> None:
+    body = {"prompt": "a", "max_tokens": 2, "stream": True}
+    async with http.stream("POST", "/v1/completions", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        raw = "".join([part async for part in response.aiter_text()])
+    events = raw.split("\n\n")
+    assert events[-1] == ""
+    assert events[-2] == "data: [DONE]"
+    assert all(event.startswith("data: ") for event in events[:-1])
+    first = json.loads(events[0].removeprefix("data: "))
+    assert first["object"] == "text_completion"
+    assert "usage" not in first
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "words"),
+    [
+        ("completions", {}, "prompt", "required"),
+        ("completions", {"prompt": "a", "best_off": 3}, "best_off", "not supported"),
+        ("completions", {"prompt": "a", "echo": True}, "echo", "False"),
+        ("completions", {"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias", "None"),
+        ("completions", {"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "less than or equal to 0"),
+        ("completions", {"prompt": "a", "temperature": "hot"}, "temperature", "number"),
+        ("completions", {"prompt": "a", "temperature": -1}, "temperature", "from 0.0 to 2.0"),
+        ("completions", {"prompt": "a", "top_p": 0}, "top_p", "more than 0"),
+        ("completions", {"prompt": "a", "n": 0}, "n", "from 1 to"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens", "at least 1"),
+        ("completions", {"prompt": "a", "max_tokens": 5000}, "max_tokens", "limit of 1024 tokens"),
+        ("completions", {"prompt": [7] * 1024}, "prompt", "limit of 1024 tokens"),
+        ("completions", {"prompt": [5000]}, "prompt", "vocabulary of 4096"),
+        ("completions", {"prompt": []}, "prompt", "1 to 128"),
+        ("completions", {"prompt": "a", "seed": -1}, "seed", "from 0"),
+        ("completions", {"prompt": "a", "stop": [""]}, "stop", "1 to 256 characters"),
+        ("completions", {"prompt": "a", "logprobs": 21}, "logprobs", "from 0 to 20"),
+        ("completions", {"prompt": "a", "min_tokens": 17}, "min_tokens", "from 0 to 16"),
+        ("completions", {"prompt": "a", "stream_options": {}}, "stream_options", "stream: true"),
+        ("chat/completions", {"messages": []}, "messages", "at least 1"),
+        ("chat/completions", {"messages": [{"role": "robot", "content": "a"}]}, "messages", "role"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": []}, "tools", "None"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
+            "top_logprobs",
+            "logprobs: true",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 5000},
+            "max_completion_tokens",
+            "limit of 1024 tokens",
+        ),
+    ],
+)
+async def test_impossible_requests_name_the_field(
+    router: Router, http: httpx.AsyncClient, path: str, body: dict[str, object], field: str, words: str
+) -> None:
+    before = len(router.cluster.workers["p0"].received)
+    response = await http.post(f"/v1/{path}", json=body)
+    error = response.json()["error"]
+    assert response.status_code == 400, error
+    assert error["param"] == field
+    assert field in error["message"]
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+    sent = [m.WhichOneof("body") for m in router.cluster.workers["p0"].received[before:]]
+    assert "submit" not in sent
+
+
+async def test_other_refusals(http: httpx.AsyncClient) -> None:
+    unknown = await http.post("/v1/completions", json={"model": "gpt-4", "prompt": "a"})
+    assert unknown.status_code == 404
+    assert unknown.json()["error"]["code"] == "model_not_found"
+    broken = await http.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})
+    assert broken.status_code == 400
+    assert "JSON" in broken.json()["error"]["message"]
+    nowhere = await http.post("/v1/embeddings", json={})
+    assert nowhere.status_code == 404
+    assert "/v1/embeddings" in nowhere.json()["error"]["message"]
+    late = await http.post("/v1/completions", json={"prompt": "a"}, headers={"x-request-timeout": "soon"})
+    assert late.status_code == 400
+    assert late.json()["error"]["param"] == "x-request-timeout"
+
+
+async def test_deadline(router: Router, http: httpx.AsyncClient) -> None:
+    for worker in router.cluster.workers.values():
+        worker.open.clear()
+    for stream in (False, True):
+        response = await http.post(
+            "/v1/completions", json={"prompt": "a", "stream": stream}, headers={"x-request-timeout": "0.05"}
+        )
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] == "deadline_exceeded"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_disconnect_aborts_at_once(router: Router, http: httpx.AsyncClient, stream: bool) -> None:
+    for worker in router.cluster.workers.values():
+        worker.open.clear()
+    call = asyncio.create_task(http.post("/v1/completions", json={"prompt": "a", "stream": stream}))
+    # The canary reserved and was granted once before.
+    await router.cluster.workers["d1"].until_received("reserve", 2)
+    call.cancel()
+    await router.cluster.workers["d1"].until_received("abort", 1)
+    await router.cluster.workers["p0"].until_received("abort", 1)
+
+
+async def test_disconnect_in_the_middle_of_a_stream(router: Router, http: httpx.AsyncClient) -> None:
+    body = {"prompt": "a", "stream": True, "max_tokens": 500, "ignore_eos": True}
+    async with http.stream("POST", "/v1/completions", json=body) as response:
+        await anext(response.aiter_lines())
+        router.cluster.workers["d1"].open.clear()
+    await router.cluster.workers["d1"].until_received("abort", 1)
+
+
+async def test_overload() -> None:
+    spec = RouterSpec(admission="queue_length", max_queue=1)
+    async with running_router(Role.MIXED, router=spec) as router, httpx.AsyncClient(base_url=router.url) as http:
+        worker = router.cluster.workers["m0"]
+        worker.open.clear()
+        first = asyncio.create_task(http.post("/v1/completions", json={"prompt": "a"}))
+        await worker.until_received("submit", 2)
+        for body in ({"prompt": "a"}, {"prompt": "a", "stream": True}):
+            shed = await http.post("/v1/completions", json=body)
+            assert shed.status_code == 429
+            assert int(shed.headers["retry-after"]) >= 1
+            assert shed.json()["error"]["type"] == "rate_limit_error"
+        worker.open.set()
+        assert (await first).status_code == 200
+
+
+async def test_health_ready_and_metrics() -> None:
+    async with (
+        running_router(Role.PREFILL, wait_ready=False) as router,
+        httpx.AsyncClient(base_url=router.url) as http,
+    ):
+        assert (await http.get("/health")).status_code == 200
+        ready = await http.get("/ready")
+        assert ready.status_code == 503
+        assert "reason" in ready.json()
+
+
+async def test_metrics_of_a_served_request(http: httpx.AsyncClient) -> None:
+    await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 5, "user": "someone"})
+    await http.post("/v1/completions", json={"prompt": "a"}, headers={"x-request-timeout": "0"})
+    text = (await http.get("/metrics")).text
+    assert 'baton_requests_total{outcome="ok"} 1.0' in text  # the canary is not counted
+    assert 'baton_ttft_seconds_count{pool="prefill",worker="p0"} 1.0' in text
+    assert 'baton_tpot_seconds_count{pool="decode",worker="d1"} 1.0' in text
+    assert 'baton_itl_seconds_count{pool="decode",worker="d1"}' in text
+    for stage in ("queue", "prefill", "handoff", "first_decode"):
+        assert f'stage="{stage}"' in text
+    assert 'baton_handoff_bytes_sum{transport="local"} 8192.0' in text  # the canary's too
+    assert 'baton_worker_up{pool="decode",worker="d1"} 1.0' in text
+    assert 'baton_worker_free_blocks{pool="prefill",worker="p0"} 64.0' in text
+    assert "baton_ready 1.0" in text
+    assert "baton_requests_active 0.0" in text
+
+
+async def test_error_in_the_middle_of_a_stream_is_an_event(router: Router, client: openai.AsyncOpenAI) -> None:
+    stream = await client.completions.create(
+        model="pydoc",
+        prompt="a",
+        stream=True,
+        max_tokens=500,
+        extra_body={"ignore_eos": True},
+        extra_headers={"x-request-timeout": "0.3"},
+    )
+    await anext(aiter(stream))
+    router.cluster.workers["d1"].open.clear()
+    with pytest.raises(openai.APIError, match="given up"):
+        async for _ in stream:
+            pass

@@ -1,0 +1,133 @@
+"""`Scheduler.repeatable` against single steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from baton.core.step import StepPlan
+from baton.tests.engine.rig import Rig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def shape(plan: StepPlan | None, ahead: int = 0) -> list[tuple[str, int, int, int]] | None:
+    """Request, start, number of tokens and output index of every row, `ahead` steps later. The order of rows is free."""
+    if plan is None:
+        return None
+    return sorted((row.attempt.request_id, row.start + ahead, row.num_tokens, row.output_index + ahead) for row in plan.rows)
+
+
+def repeats(rig: Rig) -> int:
+    plan = rig.plan()
+    assert plan is not None
+    return rig.scheduler.repeatable(plan)
+
+
+def test_decode_recurs_until_the_first_sequence_ends_by_length() -> None:
+    rig = Rig()
+    rig.add(rig.spec("a", range(5), max_tokens=20))
+    rig.add(rig.spec("b", [6] * 5, max_tokens=9))
+    rig.step()
+    assert repeats(rig) == 8
+
+
+def test_decode_recurs_until_the_pool_is_exhausted() -> None:
+    rig = Rig(num_blocks=6)
+    rig.add(rig.spec("a", range(5), max_tokens=15))
+    rig.add(rig.spec("b", [6] * 5, max_tokens=15))
+    rig.step()
+    assert repeats(rig) == 7  # three blocks each hold 12 tokens, 5 are there
+
+
+def test_a_prefill_chunk_does_not_recur() -> None:
+    rig = Rig(max_step_tokens=1)
+    rig.add(rig.spec("a", range(5)))
+    assert repeats(rig) == 1
+
+
+def test_a_hand_over_does_not_recur() -> None:
+    rig = Rig()
+    rig.add(rig.spec("a", range(1), hand_over=True, max_tokens=9))
+    assert repeats(rig) == 1
+
+
+def test_news_since_the_plan_end_the_forecast() -> None:
+    rig = Rig()
+    attempt = rig.add(rig.spec("a", range(5), max_tokens=20))
+    rig.step()
+    plan = rig.plan()
+    assert plan is not None
+    assert rig.scheduler.repeatable(plan) == 19
+    rig.add(rig.spec("b", range(5)))
+    assert rig.scheduler.repeatable(plan) == 1
+    rig.commit()
+    plan = rig.plan()
+    assert plan is not None
+    rig.abort(attempt)
+    assert rig.scheduler.repeatable(plan) == 1
+
+
+def test_plans_made_ahead_and_committed_plans_are_not_forecast() -> None:
+    rig = Rig()
+    rig.add(rig.spec("a", range(5), max_tokens=20))
+    first = rig.plan()
+    second = rig.plan()
+    assert first is not None
+    assert second is not None
+    assert rig.scheduler.repeatable(first) == rig.scheduler.repeatable(second) == 1
+    rig.commit()
+    rig.commit()
+    assert rig.scheduler.repeatable(second) == 1
+
+
+PROMPTS = st.builds(
+    lambda length, tail: tuple(range(length)) + tail,
+    st.integers(0, 12),
+    st.lists(st.integers(0, 2), min_size=1, max_size=2).map(tuple),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(PROMPTS, st.integers(1, 14), st.integers(0, 1), st.booleans(), st.integers(0, 9)), min_size=1, max_size=6),
+    st.integers(6, 24),
+    st.integers(1, 4),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.sampled_from((0.0, 0.2)),
+)
+def test_a_plan_recurs_as_often_as_forecast(
+    arrivals: list[tuple[tuple[int, ...], int, int, bool, int]],
+    num_blocks: int,
+    block_size: int,
+    max_step_tokens: int,
+    max_num_seqs: int,
+    watermark: float,
+) -> None:
+    """Sequences arrive between forecasts; while a forecast lasts every plan must be the first one, further on."""
+    rig = Rig(num_blocks, block_size, max_step_tokens=max_step_tokens, max_num_seqs=max_num_seqs, watermark=watermark)
+    rest = [arrival for arrival in arrivals if rig.pool.num_blocks_for(len(arrival[0]) + arrival[1]) < num_blocks]
+    forecast, ahead, steps = 0, 0, 0
+    base = None
+    while rest or rig.scheduler.has_work:
+        steps += 1
+        if ahead == forecast and rest and rest[0][4] <= steps:
+            prompt, max_tokens, priority, landed, _ = rest.pop(0)
+            spec = rig.spec(f"r{len(rest)}", prompt, max_tokens, priority=priority)
+            if landed and max_tokens > 1 and rig.pool.num_free >= rig.pool.num_blocks_for(len(prompt)):
+                rig.adopt(replace(spec, arrival=-rig.now), rig.land(spec))
+            else:
+                rig.add(spec)
+        plan = rig.plan()
+        if plan is None:
+            assert ahead == forecast, "the forecast plan did not come"
+            continue
+        if ahead < forecast:
+            assert shape(plan) == shape(base, ahead)
+        else:
+            base, forecast, ahead = plan, rig.scheduler.repeatable(plan), 0
+            assert forecast >= 1
+        ahead += 1
+        rig.commit()
+    assert ahead == forecast
+    rig.assert_idle()

@@ -1,0 +1,82 @@
+"""Which router asked for what, and the message queue back to each.
+
+A session is one router life (its id and epoch) connected by one control stream. When the stream breaks the
+router treats every attempt it had here as lost, so nothing of the old stream is ever sent again: the worker
+drops the session's attempts when the router dials again, or after a grace period if it never does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ..core.request import Attempt
+from ..proto import worker_pb2 as pb
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One control stream of one router."""
+
+    router_id: str
+    router_epoch: int
+    outgoing: asyncio.Queue[pb.WorkerMessage] = field(default_factory=asyncio.Queue)
+    attempts: set[Attempt] = field(default_factory=set)
+    broken_at: float | None = None
+
+    def send(self, message: pb.WorkerMessage) -> None:
+        if self.broken_at is None:
+            self.outgoing.put_nowait(message)
+
+
+class Sessions:
+    """All sessions of a worker and the owner of each attempt."""
+
+    def __init__(self) -> None:
+        self._owner: dict[Attempt, Session] = {}
+        self._sessions: list[Session] = []
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._sessions)
+
+    def open(self, router_id: str, router_epoch: int) -> tuple[Session, list[Session]]:
+        """A new session, and the sessions of the same router that it replaces."""
+        replaced = [session for session in self._sessions if session.router_id == router_id]
+        session = Session(router_id, router_epoch)
+        self._sessions.append(session)
+        return session, replaced
+
+    def close(self, session: Session) -> list[Attempt]:
+        """Forget a session; return the attempts that it leaves behind."""
+        if session in self._sessions:
+            self._sessions.remove(session)
+        left = sorted(session.attempts)
+        for attempt in left:
+            self._owner.pop(attempt, None)
+        session.attempts.clear()
+        return left
+
+    def expired(self, now: float, grace: float) -> list[Session]:
+        """Sessions whose stream broke more than `grace` seconds ago."""
+        return [s for s in self._sessions if s.broken_at is not None and now - s.broken_at >= grace]
+
+    def own(self, attempt: Attempt, session: Session) -> None:
+        """`session` asked for `attempt`."""
+        self._owner[attempt] = session
+        session.attempts.add(attempt)
+
+    def disown(self, attempt: Attempt) -> None:
+        """The attempt has left this worker."""
+        session = self._owner.pop(attempt, None)
+        if session is not None:
+            session.attempts.discard(attempt)
+
+    def owner(self, attempt: Attempt) -> Session | None:
+        return self._owner.get(attempt)
+
+    def send(self, attempt: Attempt, message: pb.WorkerMessage) -> None:
+        """To the router that asked for `attempt`; dropped when it is gone."""
+        session = self._owner.get(attempt)
+        if session is not None:
+            session.send(message)
