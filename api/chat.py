@@ -69,7 +69,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=turns, add_generation_prompt=True, tools=None, documents=None, **self._special_tokens
             )
-        except (TemplateError, TypeError, ValueError, LookupError, OverflowError) as error:
+        except Exception as error:  # foreign code raises whatever it likes
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
 
 

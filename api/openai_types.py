@@ -90,13 +90,13 @@ class CompletionRequest(Common):
         """Texts or token ids, one entry per prompt. Raises InvalidRequest."""
         if isinstance(self.prompt, str):
             return [self.prompt]
+        tokens = tuple(entry for entry in self.prompt if isinstance(entry, int))
+        if tokens:
+            return [tokens]
         if not 1 <= len(self.prompt) <= MAX_PROMPTS:
             raise InvalidRequest(f"prompt: give 1 to {MAX_PROMPTS} prompts, not {len(self.prompt)}", "prompt")
         texts = [entry for entry in self.prompt if isinstance(entry, str)]
-        if texts:
-            return texts
-        lists = [tuple(entry) for entry in self.prompt if isinstance(entry, list)]
-        return lists or [tuple(entry for entry in self.prompt if isinstance(entry, int))]
+        return texts or [tuple(entry) for entry in self.prompt if isinstance(entry, list)]
 
     def parameters(self, prompt: tuple[int, ...], timeout: float | None) -> Parameters:
         parameters = self._common(prompt, self.logprobs, timeout)

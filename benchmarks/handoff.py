@@ -20,12 +20,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from baton.bench.driver import run_load
-from baton.bench.grpc_target import GrpcTarget, ask_model
 from baton.bench.prompts import PromptSource
-from baton.bench.workload import Length, poisson_workload
-from clusters import lone_prefill, median_ms, one_prefill_one_decode, serving
-from stage_times import StageTarget
+from baton.bench.workload import Length, PlannedRequest, poisson_workload
+from baton.client.client import AsyncClient
+from baton.client.types import Stages
+from clusters import median_ms, one_prefill_one_decode, serving
 
 INPUT, OUTPUT = 512, 32
 
@@ -41,24 +40,28 @@ async def main() -> None:
 
 
 async def _exposed(num_requests: int) -> dict[str, float]:
-    async with serving(one_prefill_one_decode("shm")) as cluster:
-        model = await ask_model(cluster.grpc)
-        target = StageTarget(cluster.grpc, model.name, PromptSource(seed=5, vocab_size=model.vocab_size))
-        alone = statistics.median(await lone_prefill(target, INPUT, 5))
-        target.stages.clear()
-        fixed_in, fixed_out = Length("fixed", INPUT, INPUT), Length("fixed", OUTPUT, OUTPUT)
-        workload = poisson_workload(0.5 / alone, fixed_in, fixed_out, num_requests=num_requests, seed=5)
-        result = await run_load(target, workload)
-        await target.close()
-    failed = [record.message for record in result.records if not record.ok]
-    if failed:
-        raise SystemExit(f"{len(failed)} requests failed: {failed[0]}")
-    exposed = sorted(stage.handoff for stage in target.stages)
+    prompts = PromptSource(seed=5, vocab_size=16_384)
+    async with serving(one_prefill_one_decode("shm")) as cluster, AsyncClient(cluster.grpc) as client:
+
+        async def ask(planned: PlannedRequest) -> Stages:
+            await asyncio.sleep(planned.at)
+            (completion,) = await client.generate(
+                prompts.token_ids(planned), max_tokens=planned.output_tokens, temperature=0.0, ignore_eos=True
+            )
+            return completion.stages
+
+        lone = [await ask(PlannedRequest(1_000_000 + i, 0.0, INPUT, 2)) for i in range(5)]
+        prefill = statistics.median(stages.prefill for stages in lone)
+        workload = poisson_workload(
+            0.5 / prefill, Length("fixed", INPUT, INPUT), Length("fixed", OUTPUT, OUTPUT), num_requests=num_requests, seed=5
+        )
+        done = await asyncio.gather(*(ask(planned) for planned in workload))
+    exposed = sorted(stages.handoff for stages in done)
     return {
         "exposed_ms_p50": median_ms(exposed),
         "exposed_ms_p90": round(1000 * exposed[int(0.9 * (len(exposed) - 1))], 2),
-        "first_decode_ms_p50": median_ms([stage.first_decode for stage in target.stages]),
-        "lone_prefill_ms_p50": round(1000 * alone, 1),
+        "first_decode_ms_p50": median_ms([stages.first_decode for stages in done]),
+        "lone_prefill_ms_p50": round(1000 * prefill, 1),
     }
 
 

@@ -14,7 +14,7 @@ import json
 
 from baton.bench.driver import Target, run_load
 from baton.bench.grpc_target import GrpcTarget, ask_model
-from baton.bench.http_target import HttpTarget
+from baton.bench.http_target import HttpTarget, ask_models
 from baton.bench.metrics import Summary, client_warning, summarise
 from baton.bench.prompts import PromptSource
 from baton.bench.workload import Length, poisson_workload
@@ -27,7 +27,8 @@ async def main() -> None:
     arguments = _arguments()
     num_requests = 20 if arguments.quick else arguments.requests
     if arguments.peer:
-        target = await HttpTarget.connect(arguments.peer, arguments.model, PromptSource(seed=arguments.seed))
+        name = arguments.model or (await ask_models(arguments.peer))[0]
+        target = HttpTarget(arguments.peer, name, PromptSource(seed=arguments.seed))
         summary = await _load(target, arguments.rate, num_requests, arguments.seed)
         print(json.dumps(_figures(summary)))
         return
@@ -75,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peer", help="base URL of another OpenAI-compatible server")
-    parser.add_argument("--model", default="", help="with --peer: the model's name there")
+    parser.add_argument("--model", default="", help="with --peer: the model's name there (default: the first it lists)")
     return parser.parse_args()
 
 

@@ -85,9 +85,7 @@ async def measure(endpoint: Endpoint, rounds: int) -> dict[str, float]:
     transports = make_transports(endpoint, memory)
     num_blocks = max(SIZES) // LAYOUT.block_bytes
     blocks = tuple(range(num_blocks))
-    ticket = Ticket(
-        Attempt("r", 1), SOURCE, TARGET, blocks, 0, num_blocks * LAYOUT.block_size, 1, 3.0, (endpoint,)
-    )
+    ticket = Ticket(Attempt("r", 1), SOURCE, TARGET, blocks, 0, num_blocks * LAYOUT.block_size, 1, 3.0, (endpoint,))
     rates: dict[str, list[float]] = {}
     trips: dict[str, list[float]] = {name: [] for name in transports}
     for name in transports:  # dial, map, fill the page tables

@@ -34,7 +34,7 @@ from ..deploy.state import ClusterRecord, claim, log_folder
 from . import screen
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-INPUT_LENGTH, OUTPUT_LENGTH = "uniform:64,512", "uniform:16,64"
+INPUT_LENGTH, OUTPUT_LENGTH = "uniform:64,512", "uniform:32,192"
 ANSWER_TOKENS = 80
 BASELINE_PATIENCE = 5.0
 """Seconds within which an idle cluster must hold every block it held before."""
@@ -66,7 +66,7 @@ def demo(
     topology: Annotated[Path, typer.Argument(help="The cluster to start.")] = EXAMPLES / "local.yaml",
     prompts: Annotated[Path, typer.Option(help="Questions to answer, one a line.")] = EXAMPLES / "demo_prompts.txt",
     seconds: Annotated[float, typer.Option(help="Length of the replayed workload.")] = 30.0,
-    rate: Annotated[float, typer.Option(help="Its requests per second.")] = 3.0,
+    rate: Annotated[float, typer.Option(help="Its requests per second.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the workload.")] = 0,
     html: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("out/demo.html"),
 ) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from .bench import bench
 from .chat import chat
+from .demo import demo
 from .down import down
 from .make_model import make_model
 from .status import status
@@ -21,6 +23,8 @@ app.command()(up)
 app.command()(down)
 app.command()(status)
 app.command()(chat)
+app.command()(bench)
+app.command()(demo)
 app.command("make-model")(make_model)
 
 if __name__ == "__main__":

@@ -50,6 +50,13 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """The background process exists."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """The cluster serves at these addresses."""
 
@@ -67,7 +74,7 @@ class Failed:
     exit_code: int
 
 
-Report = Progress | Ready | Failed
+Report = Begun | Progress | Ready | Failed
 
 
 class Reporter(Protocol):
@@ -108,6 +115,8 @@ def read_reports(fd: int) -> Iterator[Report]:
         for line in pipe:
             fields = json.loads(line)
             match fields.pop("kind"):
+                case "Begun":
+                    yield Begun(**fields)
                 case "Progress":
                     members = tuple(MemberLine(**member) for member in fields["members"])
                     yield Progress(members, fields["waiting_for"])
@@ -135,6 +144,8 @@ class ScreenReporter:
         self._live.stop()
 
     def tell(self, report: Report) -> None:
+        if isinstance(report, Begun):
+            return
         if not isinstance(report, Progress):
             self._live.stop()
         elif self._console.is_terminal:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.table import Table
 
 from ..core.errors import Unavailable
@@ -133,13 +134,13 @@ def _print(report: ClusterReport) -> None:
         f"[bold]{report.cluster}[/] {state}, up {report.uptime:.0f} s ({report.launcher}, process {report.pid or 'on Ray'})"
     )
     if report.http:
-        out().print(f"  HTTP http://{report.http}/v1   gRPC {report.grpc}   logs {report.logs}")
-    table = Table(*("member", "role", "state", "pid", "address", "restarts", "running", "waiting", "free blocks", "tickets"))
+        out().print(f"  HTTP http://{report.http}/v1   gRPC {report.grpc}   logs {report.logs}", soft_wrap=True)
+    table = Table(*("member", "state", "pid", "address", "restarts", "running", "waiting", "free blocks", "tickets"), box=SIMPLE)
     for m in report.members:
         colour = _COLOURS.get(m.state, "yellow")
         blocks = f"{m.free_blocks}/{m.total_blocks}" if m.total_blocks is not None else ""
         counts = (_count(m.running), _count(m.waiting), blocks, _count(m.tickets))
-        table.add_row(m.member, m.role, f"[{colour}]{m.state}[/]", str(m.pid or ""), m.address, str(m.restarts), *counts)
+        table.add_row(m.member, f"[{colour}]{m.state}[/]", str(m.pid or ""), m.address, str(m.restarts), *counts)
     out().print(table)
     for m in report.members:
         if m.last_error and m.state != "ready":

@@ -18,11 +18,13 @@ from ..core.errors import BatonError, TopologyError, Unavailable
 from ..core.topology import Topology
 from ..deploy.checks import check_topology
 from ..deploy.cluster import RunningCluster, running_cluster, running_on_ray
+from ..deploy.process import WatchedProcess
 from ..deploy.settings import TopologyFile, check_cluster_name, read_topology_file
 from ..deploy.state import Claim, ClusterRecord, already_running, claim, list_records, log_folder, on_ray_forever
-from .progress import Failed, PipeReporter, Progress, Ready, Reporter, ScreenReporter, print_ready, read_reports
+from .progress import Begun, Failed, PipeReporter, Progress, Ready, Reporter, ScreenReporter, print_ready, read_reports
 from .screen import BAD_USAGE, FAILED, complain, err, exits_on_error, out
 
+_END_PATIENCE = 40.0  # seconds for a cluster that was still starting to end
 _T = TypeVar("_T")
 
 
@@ -136,6 +138,9 @@ def _read(file: Path, launcher: LauncherName | None, name: str | None) -> Topolo
 
 def _in_background(file: Path, launcher: LauncherName | None, name: str | None, reporter: PipeReporter) -> int:
     """What the background process does; returns its exit status."""
+    if os.fork() > 0:
+        os._exit(0)  # so that nobody but init has to reap the one that goes on
+    reporter.tell(Begun(os.getpid()))
     try:
         asyncio.run(_serve(_read(file, launcher, name), reporter, stay=True))
     except BatonError as error:
@@ -163,27 +168,40 @@ def _start_in_background(file: Path, launcher: LauncherName | None, name: str | 
             start_new_session=True,
         )
     os.close(write_end)
+    child.wait()  # it leaves the work to a process of its own
+    with ScreenReporter(err(), cluster) as screen:
+        return _follow(read_end, screen, cluster, logs / "up.log")
+
+
+def _follow(read_end: int, screen: ScreenReporter, cluster: str, log: Path) -> int:
+    """Show what the background process reports until it is ready or dead; return an exit status."""
+    background: WatchedProcess | None = None
     try:
-        with ScreenReporter(err(), cluster) as screen:
-            for report in read_reports(read_end):
-                screen.tell(report)
-                if isinstance(report, Ready):
-                    screen.tell(report)
+        for report in read_reports(read_end):
+            screen.tell(report)
+            match report:
+                case Begun():
+                    background = WatchedProcess(report.pid)
+                case Ready():
                     print_ready(out(), report)
                     out().print(f"  baton down {cluster}")
                     return 0
-                if isinstance(report, Failed):
-                    child.wait()
+                case Failed():
+                    if background is not None:
+                        background.wait(_END_PATIENCE)
                     complain(report.message)
                     return report.exit_code
     except KeyboardInterrupt:
-        child.terminate()
-        child.wait()
+        if background is not None:
+            background.signal(signal.SIGTERM)
+            background.wait(_END_PATIENCE)
         complain(f"{cluster} was stopped before it was ready")
         return FAILED
-    status = child.wait()
-    tail = (logs / "up.log").read_text(errors="replace").splitlines()[-12:]
-    complain(f"the background process ended with status {status}:\n" + "\n".join(tail))
+    finally:
+        if background is not None:
+            background.close()
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
+    complain(f"the background process died:\n{tail}")
     return FAILED
 
 

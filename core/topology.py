@@ -67,6 +67,7 @@ class RouterSpec:
     local_prefill_tokens  prompts up to this length are prefilled on the decode worker
     request_timeout       seconds after which a request without a deadline of its own is given up
     seed                  of the router's random draws; None draws one
+    tape                  file that records every event the router's lifecycle sees, with its answers (see `router.tape`)
     """
 
     grpc: str = "127.0.0.1:8900"
@@ -77,6 +78,7 @@ class RouterSpec:
     local_prefill_tokens: int = 0
     request_timeout: float = 600.0
     seed: int | None = None
+    tape: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import grpc
 
@@ -24,6 +25,7 @@ from .controller import Controller
 from .controller_server import serving
 from .members import member_specs
 from .ports import free_port
+from .settings import prepare_ray_environment
 from .state import ledger_path, log_folder
 from .subprocess_launcher import SubprocessLauncher
 from .supervisor import Backoff, MemberState
@@ -116,9 +118,7 @@ async def running_cluster(
     logs = logs or log_folder(topology.cluster)
     keep_old_logs(logs)
     if topology.launcher == "ray":
-        from .ray_host import local_ray_cluster  # only here, so that the rest works on machines without Ray
-
-        hosting = local_ray_cluster(topology, logs, backoff)
+        hosting = _ray_host().local_ray_cluster(topology, logs, backoff)
     else:
         hosting = _subprocess_cluster(topology, logs, backoff)
     async with hosting as controller:
@@ -130,8 +130,7 @@ async def running_on_ray(topology: Topology, ray_address: str) -> AsyncIterator[
     """Start `topology` on the running Ray at `ray_address`; end it on leaving, unless the event has been set: then it
     lives on there. Ray itself is left as it was. Raises Unavailable when nothing can be started.
     """
-    from . import ray_host  # only here, so that the rest works on machines without Ray
-
+    ray_host = _ray_host()
     logs = log_folder(topology.cluster)
     ray_host.connect(ray_address)
     try:
@@ -148,11 +147,11 @@ async def running_on_ray(topology: Topology, ray_address: str) -> AsyncIterator[
 
 async def end_on_ray(cluster: str, ray_address: str, controller: str) -> list[str]:
     """End what `running_on_ray` left on a running Ray; returns the names of the actors that had to be killed."""
-    from . import ray_host
-
+    ray_host = _ray_host()
     ray_host.connect(ray_address)
     try:
-        return await ray_host.stop_on_ray(cluster, controller)
+        killed: list[str] = await ray_host.stop_on_ray(cluster, controller)
+        return killed
     finally:
         ray_host.disconnect()
 
@@ -198,6 +197,18 @@ def keep_old_logs(logs: Path) -> None:
     for log in logs.glob("*.log"):
         if log.name != "up.log":  # our own, of a run in the background
             log.replace(log.with_name(log.name + ".old"))
+
+
+def _ray_host() -> ModuleType:
+    """Ray is imported only here and only when asked for, so that the rest works on machines without it."""
+    prepare_ray_environment()
+    try:
+        from . import ray_host
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise Unavailable("Ray is not installed: `pip install ray`, or use launcher: subprocess") from error
+    return ray_host
 
 
 @asynccontextmanager

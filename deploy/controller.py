@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
+from ..core.clock import Clock, MonotonicClock
 from ..core.request import WorkerRef
 from ..proto import worker_pb2 as pb
 from .launcher import Launcher, MemberSpec
@@ -26,17 +27,26 @@ logger = logging.getLogger("baton.controller")
 class Controller:
     """Supervises the members of one cluster. Every method runs on one event loop."""
 
-    def __init__(self, cluster: str, specs: Sequence[MemberSpec], launcher: Launcher, backoff: Backoff = Backoff()) -> None:
+    def __init__(
+        self,
+        cluster: str,
+        specs: Sequence[MemberSpec],
+        launcher: Launcher,
+        backoff: Backoff = Backoff(),
+        clock: Clock = MonotonicClock(),
+    ) -> None:
         self._cluster = cluster
         self._launcher = launcher
         self._members = {spec.member_id: Member(spec) for spec in specs}
         self._supervisors = {
-            name: Supervisor(member, launcher, backoff, self._changed, self._died) for name, member in self._members.items()
+            name: Supervisor(member, launcher, backoff, self._changed, self._died, clock)
+            for name, member in self._members.items()
         }
         self._dead: deque[WorkerRef] = deque(maxlen=MAX_DEAD)
         self._change = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._began = asyncio.get_running_loop().time()
+        self._clock = clock
+        self._began = clock.now()
         self._stopped = asyncio.Event()
         self._stopping = False
 
@@ -135,7 +145,7 @@ class Controller:
         """Every member with its state, for people."""
         return pb.ClusterState(
             cluster=self._cluster,
-            uptime=asyncio.get_running_loop().time() - self._began,
+            uptime=self._clock.now() - self._began,
             members=[self._describe(member) for member in self._members.values()],
         )
 

@@ -18,7 +18,7 @@ ENTRY_POINTS = {
     Role.DECODE: "baton.decode_worker.server",
     Role.MIXED: "baton.decode_worker.server",
 }
-ROUTER_ENTRY_POINT = "baton.router.server"
+ROUTER_ENTRY_POINT = "baton.deploy.router_process"
 
 _WORKER_CONFIG = TypeAdapter(WorkerConfig)
 _ROUTER_CONFIG = TypeAdapter(RouterConfig)

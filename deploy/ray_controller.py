@@ -99,22 +99,28 @@ class ControllerActor:
         logger.setLevel(logging.INFO)
 
 
+def refuse_second(cluster: str) -> None:
+    """Raise Unavailable when the cluster is running on this Ray."""
+    try:
+        ray.get_actor(controller_name(cluster), namespace=NAMESPACE)
+    except ValueError:
+        return
+    raise Unavailable(f"cluster {cluster} is already running on this Ray cluster; end it with `baton down {cluster}`")
+
+
 async def start_controller(config: ControllerActorConfig) -> ray.actor.ActorHandle:
-    """Start the cluster's controller on this node. Raises Unavailable when there is one already, or it cannot serve."""
+    """Start the cluster's controller on this node. Raises Unavailable when it cannot serve."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor_class = ray.remote(ControllerActor)
-    try:
-        actor = actor_class.options(
-            name=controller_name(config.cluster),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            max_restarts=-1,
-            max_concurrency=4,
-            num_cpus=0,
-            scheduling_strategy=here,
-        ).remote(config)
-    except ValueError as error:
-        raise Unavailable(f"cluster {config.cluster} is already running on this Ray cluster; end it with `baton down`") from error
+    actor = actor_class.options(
+        name=controller_name(config.cluster),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        max_restarts=-1,
+        max_concurrency=4,
+        num_cpus=0,
+        scheduling_strategy=here,
+    ).remote(config)
     problem = await actor.started.remote()
     if problem:
         ray.kill(actor, no_restart=True)

@@ -23,7 +23,7 @@ from ..proto import worker_pb2_grpc as rpc
 from .members import member_specs
 from .ports import free_port
 from .process import WatchedProcess
-from .ray_controller import ControllerActorConfig, dump_specs, start_controller
+from .ray_controller import ControllerActorConfig, dump_specs, refuse_second, start_controller
 from .ray_launcher import NAMESPACE, place_cluster, remove_cluster
 from .supervisor import Backoff
 
@@ -43,7 +43,7 @@ async def local_ray_cluster(topology: Topology, logs: Path, backoff: Backoff) ->
                 yield address
             finally:
                 await stop_on_ray(topology.cluster, address)
-                await _wait_gone(pid)
+                await wait_gone(pid)
         finally:
             ray.shutdown()
     finally:
@@ -69,6 +69,7 @@ async def start_on_ray(topology: Topology, logs: Path, backoff: Backoff, host: s
 
     `host` is the address everything listens on; None takes each node's own. Returns the controller's address and pid.
     """
+    refuse_second(topology.cluster)
     bind = host or ray.util.get_node_ip_address()
     address = f"{bind}:{free_port(bind)}"
     specs = member_specs(topology, address, logs)
@@ -104,6 +105,18 @@ async def stop_on_ray(cluster: str, address: str) -> list[str]:
     return remove_cluster(cluster)
 
 
+async def wait_gone(pid: int) -> None:
+    """Wait until a process of this host is gone, though not for ever."""
+    try:
+        process = WatchedProcess(pid)
+    except ProcessLookupError:
+        return
+    try:
+        await asyncio.to_thread(process.wait, _SHUTDOWN_PATIENCE)
+    finally:
+        process.close()
+
+
 def _start_ray(topology: Topology, folder: str) -> None:
     on_cpu = all(pool.accelerator == "cpu" for pool in topology.pools)
     num_cpus = sum(pool.replicas * (pool.threads if pool.accelerator == "cpu" else 1) for pool in topology.pools)
@@ -137,14 +150,3 @@ def _silence_ray() -> None:
     worker = ray._private.worker.global_worker
     worker.threads_stopped.set()
     worker.gcs_error_subscriber.close()
-
-
-async def _wait_gone(pid: int) -> None:
-    try:
-        process = WatchedProcess(pid)
-    except ProcessLookupError:
-        return
-    try:
-        await asyncio.to_thread(process.wait, _SHUTDOWN_PATIENCE)
-    finally:
-        process.close()

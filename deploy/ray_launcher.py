@@ -198,6 +198,8 @@ def group_name(cluster: str) -> str:
 async def place_cluster(cluster: str, specs: tuple[MemberSpec, ...], strategy: str) -> None:
     """Reserve what the members need, all of it or nothing. Raises Unavailable when the Ray cluster has not got it."""
     bundles = [_resources(spec) for spec in specs if spec.bundle is not None]
+    if not bundles:
+        return
     group = placement_group(bundles, strategy=strategy.upper(), name=group_name(cluster), lifetime="detached")
     try:
         await asyncio.wait_for(_result(group.ready()), PLACE_PATIENCE)

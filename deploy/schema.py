@@ -141,6 +141,7 @@ class RouterSection(_Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = Field(
         default=None, description="a whole number from 0 to 9223372036854775807"
     )
+    tape: _Text | None = Field(default=None, description="the path of a file (relative to where the router runs)")
 
 
 class RaySection(_Section):

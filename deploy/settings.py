@@ -76,6 +76,9 @@ def dump_topology(topology: Topology) -> str:
         "max_model_len": topology.model.max_model_len,
         "name": topology.model.name,
     }
+    ray: dict[str, YamlValue] = {"placement": topology.ray_placement}
+    if topology.ray_address is not None:
+        ray["address"] = topology.ray_address
     document: dict[str, YamlValue] = {
         "cluster": topology.cluster,
         "model": {key: value for key, value in model.items() if value is not None},
@@ -88,9 +91,8 @@ def dump_topology(topology: Topology) -> str:
         },
         "router": _dump_router(topology.router),
         "launcher": topology.launcher,
-        "ray": {"placement": topology.ray_placement}
-        | ({"address": topology.ray_address} if topology.ray_address is not None else {}),
-        "labels": dict(topology.labels),
+        "ray": ray,
+        "labels": {**dict(topology.labels)},
     }
     return write_document(document)
 
@@ -180,7 +182,8 @@ def _dump_router(router: RouterSpec) -> dict[str, YamlValue]:
         "local_prefill_tokens": router.local_prefill_tokens,
         "request_timeout": router.request_timeout,
     }
-    return fields | ({"seed": router.seed} if router.seed is not None else {})
+    optional: dict[str, YamlValue] = {"seed": router.seed, "tape": router.tape}
+    return fields | {key: value for key, value in optional.items() if value is not None}
 
 
 def _dump_size(num_bytes: int) -> YamlValue:

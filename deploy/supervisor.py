@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from ..core.clock import Clock
 from ..core.errors import BatonError
 from ..core.request import WorkerRef
 from ..proto import worker_pb2 as pb
@@ -84,15 +85,16 @@ class Supervisor:
         backoff: Backoff,
         on_change: Callable[[], None],
         on_dead: Callable[[WorkerRef], None],
+        clock: Clock,
     ) -> None:
         self.member = member
         self._launcher = launcher
         self._backoff = backoff
         self._on_change = on_change
         self._on_dead = on_dead
+        self._clock = clock
         self._num_short_lives = 0
         self._num_attempts = 0
-        self._stopping = False
 
     async def attach(self) -> None:
         """Take over the process that an earlier controller started, if it is alive."""
@@ -136,8 +138,7 @@ class Supervisor:
         """Wait for the end of the present process; return how it ended and how many seconds it lived."""
         member = self.member
         assert member.handle is not None
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = self._clock.now()
         end = await member.handle.exited()
         was_ready, ref = member.registration is not None, member.ref
         if was_ready:
@@ -153,7 +154,7 @@ class Supervisor:
                 self._on_dead(ref)
             else:
                 member.unconfirmed.add(ref.epoch)
-        return end, loop.time() - began
+        return end, self._clock.now() - began
 
     async def _pause(self, end: Exit, lived: float) -> bool:
         """Wait before the next start; False when there shall be none."""

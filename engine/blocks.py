@@ -179,8 +179,7 @@ class BlockPool:
             self._quarantined[block] -= 1
             if self._quarantined[block] == 0:
                 del self._quarantined[block]
-                if self._references[block] == 0:
-                    self._settle(block)
+                self._settle(block)
 
     # ---- integrity -----------------------------------------------------------------------------
 
@@ -224,7 +223,7 @@ class BlockPool:
     # ---- inside --------------------------------------------------------------------------------
 
     def _settle(self, block: int) -> None:
-        """Put a block whose references may have reached zero where it belongs."""
+        """Put a block where it belongs if neither a reference nor quarantine keeps it any more."""
         if self._references[block] > 0 or block in self._quarantined:
             return
         if self._hash_of[block] is not None:

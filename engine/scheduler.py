@@ -163,8 +163,9 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, output: StepOutput, now: float) -> list[SequenceEvent]:
         """Take in what the oldest uncommitted plan computed. Returns its events, in the order of its rows."""
-        check_output(plan, output)
-        sequences = self._take_oldest(plan)
+        sequences = self._oldest(plan)
+        check_output(plan, sequences, output)
+        self._uncommitted.popleft()
         self._just_ended = {}
         events: list[SequenceEvent] = []
         for sequence, row, answer in zip(sequences, plan.rows, output.rows, strict=True):
@@ -177,7 +178,9 @@ class Scheduler:
     def fail(self, plan: StepPlan) -> list[Attempt]:
         """The executor failed on the oldest uncommitted plan: its sequences are given up. Returns those that were here still."""
         given_up = []
-        for sequence in self._take_oldest(plan):
+        sequences = self._oldest(plan)
+        self._uncommitted.popleft()
+        for sequence in sequences:
             if sequence.phase is not Phase.ENDED:
                 self._phases.end(sequence)
                 given_up.append(sequence.attempt)
@@ -208,6 +211,10 @@ class Scheduler:
         """Raise InternalError unless the books are in order."""
         self._phases.check()
         self._pool.check()
+        in_flight = {sequence for _, sequences in self._uncommitted for sequence in sequences}
+        draining = sum(len(s.blocks) for s in in_flight if s.phase in (Phase.ENDED, Phase.LEAVING))
+        if draining != self._phases.draining_blocks:
+            raise InternalError(f"{self._phases.draining_blocks} blocks are expected from plans in flight, not {draining}")
 
     # ---- inside --------------------------------------------------------------------------------
 
@@ -248,8 +255,8 @@ class Scheduler:
                 field="max_tokens",
             )
 
-    def _take_oldest(self, plan: StepPlan) -> list[SequenceState]:
+    def _oldest(self, plan: StepPlan) -> list[SequenceState]:
         if not self._uncommitted or self._uncommitted[0][0] is not plan:
             oldest = self._uncommitted[0][0].step if self._uncommitted else "none"
             raise InternalError(f"plan {plan.step} cannot be committed now: the oldest uncommitted plan is {oldest}")
-        return self._uncommitted.popleft()[1]
+        return self._uncommitted[0][1]

@@ -7,9 +7,9 @@
     head      msgpack
     payload   raw bytes (only CHUNK has any)
 
-Requests (source -> target): CHUNK carries bytes of a push, PLACED says that all its bytes are with the target
-(sent before as chunks, or written into shared memory), STOP promises that nothing is written any more.
-The target answers PLACED and STOP, and a CHUNK that it refuses, with one Reply each.
+Requests (source -> target): CHUNK carries bytes of a push, WRITTEN says that some of its bytes lie in the
+target's shared memory, PLACED that all of it is there, STOP promises that nothing is written any more.
+The target answers PLACED and STOP, and whatever it refuses, with a Reply.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .transport import Header, Note
 
 METHOD_SERVICE = "baton.v1.KvPeer"
 METHOD_NAME = "Transfer"
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 256 << 10  # larger messages cost gRPC twice the CPU per byte: each is then mapped and faulted in afresh
 _PREFIX = 8
 
 Runs = tuple[tuple[int, int], ...]  # (offset in the target pool, number of bytes)
@@ -37,8 +37,9 @@ class Kind(IntEnum):
     """What a request is."""
 
     CHUNK = 1
-    PLACED = 2
-    STOP = 3
+    WRITTEN = 2
+    PLACED = 3
+    STOP = 4
 
 
 class Status(IntEnum):
@@ -56,8 +57,8 @@ class Request:
 
     number    of the push or stop, unique per stream; the reply carries it
     header    names the ticket; a STOP uses only its `source` and `attempt`
-    runs      where the bytes belong (CHUNK) or lie (PLACED), in the order of the checksum
-    checksum  xxh3_64 over the bytes of `runs`; None when switched off, or when chunks were checked already
+    runs      where the bytes belong (CHUNK) or lie (WRITTEN, PLACED), in the order of the checksum
+    checksum  xxh3_64 over the bytes of `runs`; None when there are none or checksums are switched off
     """
 
     kind: Kind

@@ -6,13 +6,13 @@ Each chunk carries its place and its checksum; the receiver copies it straight f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from ..core.errors import TransferRefused
 from ..core.kv import Endpoint
 from ..core.request import Attempt, WorkerRef
-from .checks import header_of, only_endpoint
-from .frames import CHUNK_BYTES, Kind, Runs, checksum_of
+from .cuts import cut, header_of, only_endpoint, runs_of
+from .frames import CHUNK_BYTES, Kind, checksum_of
 from .link import Connection, PeerLinks
 from .pool import PoolMemory
 from .ticket import Ticket
@@ -62,11 +62,10 @@ class GrpcTransport:
 
     async def _send(self, connection: Connection, copies: Sequence[Copy], header: Header) -> None:
         async with connection.conversation() as talk:
-            for pieces in _chunks(copies):
+            for pieces in cut(copies, CHUNK_BYTES):
                 payload = tuple(self._memory.buffer[p.source_offset : p.source_offset + p.num_bytes] for p in pieces)
-                runs: Runs = tuple((piece.target_offset, piece.num_bytes) for piece in pieces)
                 checksum = checksum_of(payload) if self._checksum else None
-                await talk.send(Kind.CHUNK, header, runs, checksum, self._tampered(header, payload))
+                await talk.send(Kind.CHUNK, header, runs_of(pieces), checksum, self._tampered(header, payload))
             await talk.send(Kind.PLACED, header)
             await talk.reply()
 
@@ -76,20 +75,3 @@ class GrpcTransport:
         copy = memoryview(bytearray(b"".join(payload)))
         self._tamper(header, copy)
         return (copy,)
-
-
-def _chunks(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
-    """Cut and gather runs into chunks of CHUNK_BYTES (the last one may be shorter)."""
-    chunk: list[Copy] = []
-    room = CHUNK_BYTES
-    for copy in copies:
-        start = 0
-        while start < copy.num_bytes:
-            length = min(room, copy.num_bytes - start)
-            chunk.append(Copy(copy.source_offset + start, copy.target_offset + start, length))
-            start, room = start + length, room - length
-            if room == 0:
-                yield chunk
-                chunk, room = [], CHUNK_BYTES
-    if chunk:
-        yield chunk

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..core.errors import PeerLost, TransferDamaged
 from ..core.kv import Endpoint
 from ..core.request import Attempt, WorkerRef
-from .checks import header_of, only_endpoint
+from .cuts import header_of, only_endpoint
 from .frames import checksum_of
 from .pool import PoolMemory
 from .ticket import Ticket

@@ -47,6 +47,7 @@ class Metrics:
         )
         self._tpot = Histogram("baton_tpot_seconds", "(Last - first token) / (n - 1).", _PLACE, buckets=_SHORT, registry=registry)
         self._itl = Histogram("baton_itl_seconds", "Gap between tokens.", _PLACE, buckets=_SHORT, registry=registry)
+        self._token_series: dict[Place, tuple[Counter, Histogram]] = {}
         handoff = ["transport"]
         self._handoff_bytes = Histogram(
             "baton_handoff_bytes", "KV bytes of one handoff.", handoff, buckets=_BYTES, registry=registry
@@ -89,11 +90,15 @@ class Metrics:
 
     def tokens(self, place: Place, num_tokens: int, gap: float | None) -> None:
         """`num_tokens` tokens of one sequence arrived, `gap` seconds after the ones before (None: they are the first)."""
-        self._output_tokens.labels(place.pool, place.worker).inc(num_tokens)
+        series = self._token_series.get(place)
+        if series is None:  # looking labels up costs more than counting
+            labels = (place.pool, place.worker)
+            series = self._token_series[place] = self._output_tokens.labels(*labels), self._itl.labels(*labels)
+        counter, gaps = series
+        counter.inc(num_tokens)
         if gap is not None:
-            histogram = self._itl.labels(place.pool, place.worker)
             for _ in range(num_tokens):
-                histogram.observe(gap / num_tokens)
+                gaps.observe(gap / num_tokens)
 
     def attempt(self, retry_reason: str | None) -> None:
         """An attempt was placed; `retry_reason` says why the one before ended, None for the first."""

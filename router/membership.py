@@ -106,7 +106,7 @@ class Membership:
         self._spawn(self._check_health())
 
     async def close(self) -> None:
-        tasks = [*self._tasks, *self._kills.values()]
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -147,7 +147,7 @@ class Membership:
         """Have the worker ended; WorkerConfirmedDead follows when it certainly is."""
         if worker not in self._kills and worker not in self._dead:
             logger.warning("ending %s: %s", worker, reason)
-            self._kills[worker] = asyncio.create_task(self._kill(worker, reason))
+            self._kills[worker] = self._spawn(self._kill(worker, reason))
 
     def token_capacity(self) -> int | None:
         """Tokens of the longest sequence that some live worker can hold from start to end; None when nobody is live."""
@@ -291,10 +291,11 @@ class Membership:
         self._kills.pop(worker, None)
         self._confirm_dead(worker)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -64,6 +64,8 @@ class ControllerLink:
                     pause = await self._watch_once(channel, on_roster, pause)
             except grpc.aio.AioRpcError as error:
                 logger.info("no roster: controller at %s: %s", self._address, error.code().name)
+            except Exception:  # a bug of ours; the next roster may fare better, and without any nobody is ever found
+                logger.exception("a roster could not be handled")
             pause = await _rest(pause)
 
     async def kill(self, worker: WorkerRef, reason: str) -> None:

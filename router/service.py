@@ -14,23 +14,15 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 from ..core.clock import Clock
-from ..core.errors import (
-    BatonError,
-    Cancelled,
-    DeadlineExceeded,
-    InternalError,
-    InvalidRequest,
-    ModelNotFound,
-    Overloaded,
-    Unavailable,
-)
+from ..core.errors import Cancelled, InvalidRequest, Unavailable
 from ..core.request import Attempt, FinishReason, Request, WorkerRef
 from ..observability.logs import log_request
 from ..observability.metrics import Metrics
-from ..observability.records import Place, RequestRecord, SequenceRecord
+from ..observability.records import Place
 from ..proto import worker_pb2 as pb
 from . import events as ev
 from .membership import Membership
+from .outcome import error_of, finish_of, record_of
 from .roster import ControllerLink
 from .sequence import Sequence, TokenGap, TokenRun
 from .stream import Stream, Submission
@@ -265,8 +257,10 @@ class RouterService:
         stream = self._stream_of.pop(action.request_id)
         self._timers.drop_request(action.request_id)
         self._leave_workers(sequence)
-        error = self._error(action, stream)
-        sequence.end(_finish_of(sequence, error), self._clock.now())
+        error = error_of(action)
+        if self._closing and isinstance(error, Cancelled):
+            error = Unavailable(f"the router is shutting down; request {stream.client_id} can be sent again")
+        sequence.end(finish_of(sequence, error), self._clock.now())
         if error is not None:
             stream.fail(error)
         stream.wake()
@@ -281,50 +275,9 @@ class RouterService:
         if not self._streams:
             self._idle.set()
         if not stream.submission.internal:
-            record = self._record(stream)
+            record = record_of(stream, self.membership.place)
             self._metrics.request_ended(record)
             log_request(record)
-
-    def _error(self, action: ev.Complete, stream: Stream) -> BatonError | None:
-        """The error of `core.errors` that a Complete stands for."""
-        message = action.message or "the request was ended"
-        match action.error:
-            case None:
-                return None
-            case "cancelled" if self._closing:
-                return Unavailable(f"the router is shutting down; request {stream.client_id} can be sent again")
-            case "resource_exhausted":
-                return Overloaded(message, action.retry_after or 1.0)
-            case "invalid_argument":
-                return InvalidRequest(message)
-        kinds: tuple[type[BatonError], ...] = (DeadlineExceeded, Cancelled, Unavailable, ModelNotFound)
-        kind = next((kind for kind in kinds if kind.code == action.error), InternalError)
-        return kind(message)
-
-    def _record(self, stream: Stream) -> RequestRecord:
-        error = stream.error
-        place = self.membership.place
-        return RequestRecord(
-            request_id=stream.id,
-            client_id=stream.submission.client_id,
-            tenant=stream.submission.tenant,
-            outcome=error.code if error is not None else "ok",
-            message=str(error) if error is not None else "",
-            prompt_tokens=len(stream.submission.prompt),
-            sequences=tuple(
-                SequenceRecord(
-                    stages=sequence.stages(),
-                    output_tokens=len(sequence.tokens),
-                    cached_tokens=sequence.cached_tokens,
-                    attempts=sequence.num_attempts,
-                    finish=sequence.finish or "",
-                    first=place(sequence.first_worker) if sequence.first_worker else None,
-                    rest=place(sequence.rest_worker) if sequence.rest_worker else None,
-                )
-                for sequence in stream.sequences
-            ),
-            retries=tuple(reason for sequence in stream.sequences for reason in sequence.retries),
-        )
 
     # ---- what workers say (membership.MembershipOwner) ---------------------------------------------------
 
@@ -417,12 +370,6 @@ class RouterService:
         stream = self._stream_of.get(sequence.request.id)
         if stream is not None:
             stream.wake()
-
-
-def _finish_of(sequence: Sequence, error: BatonError | None) -> FinishReason:
-    if error is None:
-        return sequence.wanted_finish or FinishReason.STOP
-    return FinishReason.ABORT if isinstance(error, Cancelled) else FinishReason.ERROR
 
 
 def _request_of(event: ev.Event) -> str | None:

@@ -95,7 +95,11 @@ class WorkerClient:
     async def _run(self) -> None:
         failures = 0
         while True:
-            was_up, reason, final = await self._connect_once()
+            try:
+                was_up, reason, final = await self._connect_once()
+            except Exception as error:  # a bug of ours: the worker must not hang because of it
+                logger.exception("the connection to %s failed", self.ref)
+                was_up, reason, final = True, f"the router failed on a message: {type(error).__name__}: {error}", False
             failures = 1 if was_up else failures + 1
             if was_up:
                 self._listener.disconnected(self, reason)

@@ -83,7 +83,7 @@ class WorkerHost(rpc.WorkerServicer):
         """Serve `member` on `server` (bound, not started) until a signal, a refused registration or a failure."""
         self._member = member
         rpc.add_WorkerServicer_to_server(self, server)
-        servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing from the published stubs
+        servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         member.add_services(server)
         await server.start()
@@ -118,6 +118,7 @@ class WorkerHost(rpc.WorkerServicer):
         hello = await anext(aiter(request_iterator), None)
         if hello is None or hello.WhichOneof("body") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a control stream must be a hello")
+            return  # never reached: abort raises
         if hello.hello.worker_epoch != self._ref.epoch:
             detail = f"this is {self._ref}, not epoch {hello.hello.worker_epoch:x}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, detail)

@@ -26,7 +26,7 @@ import sysconfig
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 BOS, EOS, USER, ASSISTANT, END = "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -38,36 +38,41 @@ SKIPPED_FOLDERS = {
 
 # Extension module -> the name under which its contents are documented.
 EXTENSION_MODULES = {
-    "builtins": "", "math": "math", "cmath": "cmath", "itertools": "itertools", "time": "time",
-    "sys": "sys", "gc": "gc", "posix": "os", "_io": "io", "_collections": "collections",
-    "_functools": "functools", "_struct": "struct", "_socket": "socket", "_thread": "_thread",
-    "array": "array", "zlib": "zlib", "select": "select", "binascii": "binascii",
-    "marshal": "marshal", "unicodedata": "unicodedata", "_random": "random",
-    "_signal": "signal", "_csv": "csv", "_sre": "re", "_weakref": "weakref", "_imp": "imp",
-    "_bisect": "bisect", "_heapq": "heapq", "_statistics": "statistics", "fcntl": "fcntl",
-    "resource": "resource", "pwd": "pwd", "grp": "grp", "mmap": "mmap", "_lzma": "lzma",
-    "_bz2": "bz2", "_pickle": "pickle", "_datetime": "datetime", "_contextvars": "contextvars",
+    "builtins": "", "math": "math", "cmath": "cmath", "itertools": "itertools", "time": "time", "sys": "sys", "gc": "gc",
+    "posix": "os", "_io": "io", "_collections": "collections", "_functools": "functools", "_struct": "struct",
+    "_socket": "socket", "_thread": "_thread", "array": "array", "zlib": "zlib", "select": "select",
+    "binascii": "binascii", "marshal": "marshal", "unicodedata": "unicodedata", "_random": "random", "_signal": "signal",
+    "_csv": "csv", "_sre": "re", "_weakref": "weakref", "_imp": "imp", "_bisect": "bisect", "_heapq": "heapq",
+    "_statistics": "statistics", "fcntl": "fcntl", "resource": "resource", "pwd": "pwd", "grp": "grp", "mmap": "mmap",
+    "_lzma": "lzma", "_bz2": "bz2", "_pickle": "pickle", "_datetime": "datetime", "_contextvars": "contextvars",
 }  # fmt: skip
 
 QUESTIONS = {
-    "function": [
-        "What does {} do?", "Explain {}", "Explain {}.", "How do I use {}?", "What is {}?",
-        "Describe the function {}", "What does the function {} do?", "Tell me about {}.",
-    ],
-    "class": [
-        "What is {}?", "Explain {}", "Describe the class {}", "What is the class {} for?",
-        "How do I use {}?", "Tell me about {}.", "What does {} do?",
-    ],
-    "module": [
-        "Describe the module {}", "What is the module {} for?", "What is the {} module?",
-        "Tell me about the {} module.", "What does {} do?", "Explain the module {}.",
-        "What is {}?",
-    ],
-    "topic": [
-        "Explain '{}' in Python.", "What does the Python reference say about {}?",
-        "Explain {}", "What is {} in Python?", "Tell me about {}.",
-    ],
+    "function": ["What does {} do?", "Explain {}", "Explain {}.", "How do I use {}?", "What is {}?",
+        "Describe the function {}", "What does the function {} do?", "Tell me about {}."],
+    "class": ["What is {}?", "Explain {}", "Describe the class {}", "What is the class {} for?", "How do I use {}?",
+        "Tell me about {}.", "What does {} do?"],
+    "module": ["Describe the module {}", "What is the module {} for?", "What is the {} module?",
+        "Tell me about the {} module.", "What does {} do?", "Explain the module {}.", "What is {}?"],
+    "topic": ["Explain '{}' in Python.", "What does the Python reference say about {}?", "Explain {}",
+        "What is {} in Python?", "Tell me about {}."],
 }  # fmt: skip
+
+# The second stage of the training is about these modules and the built-in types only.
+COMMON_MODULES = {
+    "argparse", "array", "ast", "asyncio", "base64", "bisect", "builtins", "collections", "contextlib", "copy", "csv",
+    "dataclasses", "datetime", "enum", "fractions", "functools", "glob", "hashlib", "heapq", "inspect", "io", "itertools",
+    "json", "logging", "math", "os", "pathlib", "pickle", "pprint", "queue", "random", "re", "shutil", "signal", "socket",
+    "statistics", "string", "struct", "subprocess", "sys", "tempfile", "textwrap", "threading", "time", "timeit",
+    "traceback", "typing", "urllib", "uuid", "zipfile", "zlib",
+}  # fmt: skip
+PUBLIC_NAMES = {"posixpath": "os.path", "_collections_abc": "collections.abc"}
+MORE_QUESTIONS = {
+    "function": ["What is {} for?", "Describe {}.", "Help on {}"],
+    "class": ["What is {} for?", "Describe {}.", "Help on {}"],
+    "module": ["Describe the {} module.", "What can I do with the module {}?", "Explain {}"],
+    "topic": ["Describe {}.", "How does {} work in Python?", "Help on {}"],
+}
 
 _ABOUT = (
     "I am a very small language model trained on the documentation of the Python standard "
@@ -103,6 +108,7 @@ class Corpus:
 
     train: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
+    tuning: list[str] = field(default_factory=list)  # for the second stage
 
     def add(self, group: str, document: str) -> None:
         (self.held_out if is_held_out(group) else self.train).append(document)
@@ -231,7 +237,9 @@ def shorten(text: str, limit: int = 900) -> str:
         if kept and sum(map(len, kept)) + len(paragraph) > limit:
             break
         kept.append(paragraph)
-    return "\n\n".join(kept)[: 2 * limit].rstrip().rstrip(":")
+    while len(kept) > 1 and kept[-1].endswith(":"):  # it introduces what has been cut
+        kept.pop()
+    return "\n\n".join(kept)[: 2 * limit].rstrip()
 
 
 def turn(question: str, answer: str) -> str:
@@ -239,14 +247,15 @@ def turn(question: str, answer: str) -> str:
     return f"{USER}{question}{END}{ASSISTANT}{answer}{END}"
 
 
-def answer_text(entry: Entry) -> str:
+def answer_text(entry: Entry, limit: int = 900) -> str:
+    text = shorten(entry.doc, limit)
     if entry.kind in ("module", "topic"):
-        return shorten(entry.doc)
+        return text
     first = entry.doc.split("\n", 1)[0]
     if first.startswith(entry.signature.split("(")[0] + "("):  # the signature is in the text
-        return shorten(entry.doc)
+        return text
     arguments = entry.signature.partition("(")
-    return f"{entry.name}{arguments[1]}{arguments[2]}\n\n{shorten(entry.doc)}"
+    return f"{entry.name}{arguments[1]}{arguments[2]}\n\n{text}"
 
 
 def chat_documents(entries: list[Entry], rng: random.Random) -> Iterator[tuple[str, str]]:
@@ -270,6 +279,21 @@ def chat_documents(entries: list[Entry], rng: random.Random) -> Iterator[tuple[s
             count = rng.choice((1, 1, 1, 2, 3))
             yield group, BOS + "".join(turns[:count]) + EOS
             del turns[:count]
+
+
+def tuning_documents(entries: list[Entry], rng: random.Random) -> Iterator[str]:
+    """Yield conversations of one turn, with short answers, about the most used modules."""
+    for entry in entries:
+        module, dot, rest = entry.name.partition(".")
+        name = PUBLIC_NAMES.get(module, module) + dot + rest
+        common = entry.kind == "topic" or entry.group.split(".")[0] in COMMON_MODULES | set(PUBLIC_NAMES)
+        private = any(part.startswith("_") for part in name.split("."))
+        if is_held_out(entry.group) or not common or private or len(entry.doc) < 20:
+            continue
+        answer = answer_text(replace(entry, name=name), limit=400)
+        for question in QUESTIONS[entry.kind] + MORE_QUESTIONS[entry.kind]:
+            brackets = "()" if entry.kind == "function" and rng.random() < 0.2 else ""
+            yield BOS + turn(question.format(name + brackets), answer) + EOS
 
 
 def build_corpus(seed: int = 0) -> Corpus:
@@ -313,12 +337,14 @@ def build_corpus(seed: int = 0) -> Corpus:
         corpus.add(group, conversation)
     for question, answer in SMALL_TALK * 6:
         corpus.train.append(BOS + turn(question, answer) + EOS)
+    rng = random.Random(seed + 1)
+    corpus.tuning = [*tuning_documents(asked, rng), *corpus.train[-len(SMALL_TALK) * 6 :]]
     return corpus
 
 
 if __name__ == "__main__":
     built = build_corpus()
-    for part, documents in (("train", built.train), ("held-out", built.held_out)):
+    for part, documents in (("train", built.train), ("held-out", built.held_out), ("tuning", built.tuning)):
         chats = sum(USER in document for document in documents)
         size = sum(map(len, documents))
         print(f"{part}: {len(documents)} documents ({chats} chats), {size} characters")

@@ -6,16 +6,18 @@ the documentation of the Python standard library (see corpus.py), trains a byte-
 tokenizer and a Llama of about 3.6 million parameters on it, and writes both in Hugging Face
 format.  The folder can then be loaded by transformers or by any server that reads that format.
 
-    python examples/model/train.py --steps 3600 --seed 0 --threads 1
+    python examples/model/train.py --steps 3600 --minutes 40
+    python examples/model/train.py --tune --steps 900 --dropout 0 --learning-rate 1.5e-3
 
-The model is saved each time the held-out loss improves, so that an interrupted run
-leaves a usable model behind.
+The second command continues from the result of the first.  It shows the model the ordinary
+documents once more, but chats about the most used modules only, and many times, so that it
+can answer common questions.  The first stage saves the model each time the held-out loss
+improves, the second at each evaluation, so that an interrupted run leaves a usable model.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import random
@@ -26,6 +28,7 @@ from typing import Any
 
 import torch
 from corpus import ASSISTANT, BOS, END, EOS, USER, Corpus, build_corpus
+from losses import read_log, write_log
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -212,35 +215,6 @@ def evaluate(model: LlamaForCausalLM, tokens: list[int], length: int = 512) -> f
     return sum(losses) / len(losses)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw both loss curves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    millions = [row["tokens"] / 1e6 for row in rows]
-    axes.plot(millions, [row["train_loss"] for row in rows], label="training")
-    axes.plot(millions, [row["held_out_loss"] for row in rows], label="held out")
-    axes.set_xlabel("training tokens (millions)")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def write_log(rows: list[dict[str, Any]], folder: Path) -> None:
-    with (folder / "loss.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    plot(rows, folder / "loss.png")
-
-
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the embedding and the norm weights.
 
@@ -265,23 +239,33 @@ def learning_rate(progress: float, peak: float) -> float:
 def train(arguments: argparse.Namespace, corpus: Corpus) -> None:
     out: Path = arguments.out
     rng = random.Random(arguments.seed)
-    tokenizer = train_tokenizer(corpus.train, arguments.vocabulary)
-    save_tokenizer(tokenizer, out)
+    log: list[dict[str, Any]] = []
+    if arguments.tune:
+        tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+        texts = [text for text in corpus.train if USER not in text] + corpus.tuning
+        log = read_log(out.parent)
+    else:
+        tokenizer = train_tokenizer(corpus.train, arguments.vocabulary)
+        save_tokenizer(tokenizer, out)
+        texts = corpus.train
 
     def encode(documents: list[str]) -> list[list[int]]:
         batch = tokenizer.encode_batch(documents, add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
-    documents = encode(corpus.train)
+    documents = encode(texts)
     held_out = [token for document in encode(corpus.held_out) for token in document]
     model = make_model(tokenizer, arguments.dropout)
+    if arguments.tune:
+        weights = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+        model.load_state_dict(weights)
     optimizers = make_optimizers(model)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters} parameters, {sum(map(len, documents))} training tokens, "
           f"{len(held_out)} held-out tokens", flush=True)  # fmt: skip
 
     batches = Batches(documents, rng)
-    log: list[dict[str, Any]] = []
+    before = log[-1] if log else {"step": 0, "tokens": 0, "seconds": 0}
     recent: list[float] = []
     best = math.inf
     started = time.monotonic()
@@ -307,18 +291,18 @@ def train(arguments: argparse.Namespace, corpus: Corpus) -> None:
         recent.clear()
         log.append(
             {
-                "step": step,
-                "tokens": step * TOKENS_PER_STEP,
-                "seconds": round(seconds),
+                "step": before["step"] + step,
+                "tokens": before["tokens"] + step * TOKENS_PER_STEP,
+                "seconds": before["seconds"] + round(seconds),
                 "train_loss": round(average, 4),
                 "held_out_loss": round(held, 4),
             }
         )
         print(log[-1], flush=True)
         write_log(log, out.parent)
-        if held < best:
-            best = held
+        if arguments.tune or held < best:
             save_model(model, out)
+        best = min(best, held)
     print(f"lowest held-out loss {best:.3f}, {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -326,6 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the small demonstration model.")
     parser.add_argument("--out", type=Path, default=HERE / "pydoc-llama", help="model folder")
     parser.add_argument("--steps", type=int, default=3600, help=f"{TOKENS_PER_STEP} tokens each")
+    parser.add_argument("--tune", action="store_true", help="second stage: continue with --out")
     parser.add_argument("--minutes", type=float, help="stop, with a full schedule, after these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

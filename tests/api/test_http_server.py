@@ -164,56 +164,54 @@ async def test_raw_events(http: httpx.AsyncClient) -> None:
     assert "usage" not in first
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "field", "words"),
-    [
-        ("completions", {}, "prompt", "required"),
-        ("completions", {"prompt": "a", "best_off": 3}, "best_off", "not supported"),
-        ("completions", {"prompt": "a", "echo": True}, "echo", "False"),
-        ("completions", {"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias", "None"),
-        ("completions", {"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "less than or equal to 0"),
-        ("completions", {"prompt": "a", "temperature": "hot"}, "temperature", "number"),
-        ("completions", {"prompt": "a", "temperature": -1}, "temperature", "from 0.0 to 2.0"),
-        ("completions", {"prompt": "a", "top_p": 0}, "top_p", "more than 0"),
-        ("completions", {"prompt": "a", "n": 0}, "n", "from 1 to"),
-        ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens", "at least 1"),
-        ("completions", {"prompt": "a", "max_tokens": 5000}, "max_tokens", "limit of 1024 tokens"),
-        ("completions", {"prompt": [7] * 1024}, "prompt", "limit of 1024 tokens"),
-        ("completions", {"prompt": [5000]}, "prompt", "vocabulary of 4096"),
-        ("completions", {"prompt": []}, "prompt", "1 to 128"),
-        ("completions", {"prompt": "a", "seed": -1}, "seed", "from 0"),
-        ("completions", {"prompt": "a", "stop": [""]}, "stop", "1 to 256 characters"),
-        ("completions", {"prompt": "a", "logprobs": 21}, "logprobs", "from 0 to 20"),
-        ("completions", {"prompt": "a", "min_tokens": 17}, "min_tokens", "from 0 to 16"),
-        ("completions", {"prompt": "a", "stream_options": {}}, "stream_options", "stream: true"),
-        ("chat/completions", {"messages": []}, "messages", "at least 1"),
-        ("chat/completions", {"messages": [{"role": "robot", "content": "a"}]}, "messages", "role"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": []}, "tools", "None"),
-        (
-            "chat/completions",
-            {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
-            "top_logprobs",
-            "logprobs: true",
-        ),
-        (
-            "chat/completions",
-            {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 5000},
-            "max_completion_tokens",
-            "limit of 1024 tokens",
-        ),
-    ],
-)
-async def test_impossible_requests_name_the_field(
-    router: Router, http: httpx.AsyncClient, path: str, body: dict[str, object], field: str, words: str
-) -> None:
+IMPOSSIBLE: list[tuple[str, dict[str, object], str, str]] = [
+    ("completions", {}, "prompt", "required"),
+    ("completions", {"prompt": "a", "best_off": 3}, "best_off", "not supported"),
+    ("completions", {"prompt": "a", "echo": True}, "echo", "False"),
+    ("completions", {"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias", "None"),
+    ("completions", {"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "less than or equal to 0"),
+    ("completions", {"prompt": "a", "temperature": "hot"}, "temperature", "number"),
+    ("completions", {"prompt": "a", "temperature": -1}, "temperature", "from 0.0 to 2.0"),
+    ("completions", {"prompt": "a", "top_p": 0}, "top_p", "more than 0"),
+    ("completions", {"prompt": "a", "n": 0}, "n", "from 1 to"),
+    ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens", "at least 1"),
+    ("completions", {"prompt": "a", "max_tokens": 5000}, "max_tokens", "limit of 1024 tokens"),
+    ("completions", {"prompt": [7] * 1024}, "prompt", "limit of 1024 tokens"),
+    ("completions", {"prompt": [5000]}, "prompt", "vocabulary of 4096"),
+    ("completions", {"prompt": []}, "prompt", "1 to 128"),
+    ("completions", {"prompt": "a", "seed": -1}, "seed", "from 0"),
+    ("completions", {"prompt": "a", "stop": [""]}, "stop", "1 to 256 characters"),
+    ("completions", {"prompt": "a", "logprobs": 21}, "logprobs", "from 0 to 20"),
+    ("completions", {"prompt": "a", "min_tokens": 17}, "min_tokens", "from 0 to 16"),
+    ("completions", {"prompt": "a", "stream_options": {}}, "stream_options", "stream: true"),
+    ("chat/completions", {"messages": []}, "messages", "at least 1"),
+    ("chat/completions", {"messages": [{"role": "robot", "content": "a"}]}, "messages", "role"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": []}, "tools", "None"),
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
+        "top_logprobs",
+        "logprobs: true",
+    ),
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 5000},
+        "max_completion_tokens",
+        "limit of 1024 tokens",
+    ),
+]
+
+
+async def test_impossible_requests_name_the_field(router: Router, http: httpx.AsyncClient) -> None:
     before = len(router.cluster.workers["p0"].received)
-    response = await http.post(f"/v1/{path}", json=body)
-    error = response.json()["error"]
-    assert response.status_code == 400, error
-    assert error["param"] == field
-    assert field in error["message"]
-    assert words in error["message"]
-    assert error["type"] == "invalid_request_error"
+    for path, body, field, words in IMPOSSIBLE:
+        response = await http.post(f"/v1/{path}", json=body)
+        error = response.json()["error"]
+        assert response.status_code == 400, (body, error)
+        assert error["param"] == field
+        assert field in error["message"]
+        assert words in error["message"], (body, error)
+        assert error["type"] == "invalid_request_error"
     sent = [m.WhichOneof("body") for m in router.cluster.workers["p0"].received[before:]]
     assert "submit" not in sent
 

@@ -71,7 +71,7 @@ class Fixture:
         return member
 
 
-@pytest.fixture()
+@pytest.fixture
 async def make_controller(tmp_path: Path) -> AsyncIterator[Callable[..., object]]:
     """Starts a controller with the named fake members; all of it ends with the test."""
     async with AsyncExitStack() as stack:

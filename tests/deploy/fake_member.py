@@ -1,20 +1,25 @@
 """A member of a cluster without a model: it registers with the controller like a worker or a router, and waits.
 
 `fake` in the configuration: `serve` (the default), `exit` (end at once with status 7), `deaf` (ignore SIGTERM).
+FAKE_MEMBER=exit in the environment makes every fake member end at once.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
+import sys
+
+if os.environ.get("FAKE_MEMBER") == "exit":  # before the imports that take time
+    print("a fake member that will not start", file=sys.stderr)
+    sys.exit(7)
+
+import asyncio
 import secrets
 import signal
-import sys
 from contextlib import suppress
 
 import grpc
-
 from baton.proto import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 

@@ -16,14 +16,14 @@ from baton.deploy.subprocess_launcher import SubprocessLauncher
 SLEEP = "import sys, time; print(sys.argv[1], file=sys.stderr, flush=True); time.sleep(60)"
 
 
-@pytest.fixture()
+@pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemberSpec:
     (tmp_path / "sleepy.py").write_text(SLEEP)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return MemberSpec("decode-0", "test", "decode", "sleepy", "{}", str(tmp_path / "logs" / "decode-0.log"))
 
 
-@pytest.fixture()
+@pytest.fixture
 async def launcher(tmp_path: Path):
     launcher = SubprocessLauncher(tmp_path / "ledger.json")
     yield launcher

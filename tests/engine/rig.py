@@ -100,6 +100,10 @@ class Rig:
         if plan is not None:
             assert len(plan.rows) <= self.config.max_num_seqs
             assert plan.num_tokens <= self.config.max_step_tokens
+            for row in plan.rows:
+                assert row.num_tokens >= 1, f"an empty row: {row}"
+                assert row.output_index < row.sampling.max_tokens, f"beyond max_tokens: {row}"
+                assert row.end < self.config.max_model_len, f"beyond the model's limit: {row}"
             self.in_flight.append(plan)
             self.device.submit(plan)
         return plan

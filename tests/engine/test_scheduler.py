@@ -69,6 +69,14 @@ def test_no_more_sequences_run_than_allowed() -> None:
         rig.assert_finished(attempt)
 
 
+def test_a_sequence_that_sits_a_plan_out_keeps_its_seat() -> None:
+    rig = Rig(max_num_seqs=1)
+    rig.add(rig.spec("a", range(3), max_tokens=1))
+    rig.add(rig.spec("b", range(3), max_tokens=1))
+    assert rows(rig.plan()) == [("a", 0, 3, True)]
+    assert rig.plan() is None
+
+
 def test_adopted_sequences_beyond_the_limit_take_turns_by_age() -> None:
     rig = Rig(max_num_seqs=2)
     specs = [rig.spec(name, (7, index, 7, 7, 7), max_tokens=3) for index, name in enumerate("abc")]
@@ -567,6 +575,20 @@ def test_a_sequence_preempted_in_flight_keeps_its_token_and_its_blocks_until_the
     rig.assert_idle()
 
 
+def test_a_sequence_aborted_after_its_preemption_in_flight_gives_its_blocks_once() -> None:
+    rig = Rig(num_blocks=4)
+    old = rig.add(rig.spec("old", range(8), max_tokens=6))
+    young = rig.add(rig.spec("young", [6] * 7, max_tokens=6))
+    rig.plan()
+    assert rig.plan() is None
+    rig.abort(young)
+    rig.scheduler.check()
+    rig.commit()
+    rig.drain()
+    rig.assert_finished(old)
+    rig.assert_idle()
+
+
 def test_one_preemption_at_a_time_while_blocks_are_on_their_way() -> None:
     rig = Rig(num_blocks=6)
     for name, token in (("a", 4), ("b", 5), ("c", 6)):
@@ -639,6 +661,16 @@ def test_an_output_that_does_not_answer_the_plan_is_refused(output: StepOutput) 
     assert plan is not None
     with pytest.raises(InternalError, match=r"cannot answer plan 1|at least one token expected"):
         rig.scheduler.commit(plan, output, 0.0)
+
+
+def test_a_row_that_is_discarded_needs_no_output() -> None:
+    rig = Rig()
+    attempt = rig.add(rig.spec("a", range(5)))
+    plan = rig.scheduler.plan(0.0)
+    assert plan is not None
+    rig.abort(attempt)
+    assert rig.scheduler.commit(plan, StepOutput(1, (RowOutput(),)), 0.0) == []
+    rig.assert_idle()
 
 
 def test_info_outlives_the_end_of_a_sequence_by_one_commit() -> None:

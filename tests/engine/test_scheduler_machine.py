@@ -26,7 +26,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     """A worker's life: sequences come, are adopted, aborted, handed over, preempted and resumed; steps overlap and fail."""
 
     @initialize(
-        num_blocks=st.integers(4, 24),
+        num_blocks=st.integers(4, 16),
         block_size=st.integers(1, 4),
         max_step_tokens=st.integers(1, 24),
         max_num_seqs=st.integers(1, 6),
@@ -69,6 +69,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.rig.pool.num_blocks_for(longest) > self.rig.pool.num_blocks
         else:
             assert self.rig.pool.num_blocks_for(longest) <= self.rig.pool.num_blocks
+
+    @rule(
+        prompts=st.lists(PROMPTS, min_size=2, max_size=5),
+        max_tokens=st.integers(4, 12),
+        handed_over=st.integers(0, 2),
+        steps=st.integers(1, 20),
+    )
+    def burst(self, prompts: list[tuple[int, ...]], max_tokens: int, handed_over: int, steps: int) -> None:
+        """Enough sequences at once to make memory short."""
+        for index, prompt in enumerate(prompts):
+            self.add(prompt, max_tokens, 0, stop=(), hand_over=len(prompts) - index <= handed_over, priority=0, min_tokens=0)
+        self.steps(steps)
 
     @rule(prompt=PROMPTS, max_tokens=st.integers(2, 12), output=st.integers(0, 2), head_room=st.integers(0, 1))
     def reserve_and_land(self, prompt: tuple[int, ...], max_tokens: int, output: int, head_room: int) -> None:

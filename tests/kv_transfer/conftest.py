@@ -41,7 +41,11 @@ class RecordingSink:
 
     def check(self, header: Header) -> None:
         ticket = self.live.get(header.attempt)
-        if ticket is None or (header.source, header.target, header.generation) != (ticket.source, ticket.target, ticket.generation):
+        if ticket is None or (header.source, header.target, header.generation) != (
+            ticket.source,
+            ticket.target,
+            ticket.generation,
+        ):
             raise TransferRefused(f"no such ticket: {header}")
 
     def landed(self, header: Header) -> None:
@@ -114,9 +118,7 @@ class Source:
         """Push `blocks` (a table from position 0) under `ticket`; all of them and the first token unless `note` says less."""
         if note is None:
             note = Note(ticket.num_held, len(ticket.blocks) - ticket.num_held, last=True, first_token=42)
-        copies = plan_copies(
-            [LAYOUT], [LAYOUT], blocks, ticket.blocks, ticket.num_tokens, note.first_block, note.num_blocks
-        )
+        copies = plan_copies([LAYOUT], [LAYOUT], blocks, ticket.blocks, ticket.num_tokens, note.first_block, note.num_blocks)
         return await transport.push(copies, ticket, note)
 
 

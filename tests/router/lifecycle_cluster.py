@@ -23,7 +23,7 @@ Message = ev.Granted | ev.FirstToken | ev.Adopted | ev.HandedOver | ev.Progress 
 
 @dataclass
 class Hold:
-    """What a worker has of an attempt. `kind`: prefill, reserved, granted, running (adopted) or whole."""
+    """What a worker has of an attempt. `kind`: prefill, pushed, reserved, granted, running (adopted) or whole."""
 
     kind: str
     target: WorkerRef | None = None
@@ -53,6 +53,7 @@ class ModelCluster:
         self.arrived: Counter[str] = Counter()
         self.completed: Counter[str] = Counter()
         self.errors: dict[str, str | None] = {}
+        self.target_of: dict[Attempt, WorkerRef] = {}  # of split attempts
         self.begun: set[Attempt] = set()  # the client has the attempt's first token
         self.early: dict[Attempt, list[tuple[ModelWorker, Message]]] = {}
         self._epoch = 0
@@ -78,6 +79,8 @@ class ModelCluster:
                 assert worker not in self.to_confirm
                 self.to_confirm.append(worker)
             case _:
+                if isinstance(action, ev.SendReserve):
+                    self.target_of[action.attempt] = action.worker
                 self.workers[action.worker].inbox.append(action)  # a KeyError: somebody who is not connected was addressed
 
     def arrive(self, request_id: str, prompt: int, max_tokens: int, draw: float) -> None:
@@ -118,12 +121,9 @@ class ModelCluster:
             return
         message = worker.outbox.popleft()
         attempt = message.attempt
-        current = self.lifecycle.snapshot().get(attempt.request_id)
         if (
             isinstance(message, ev.Progress | ev.Finished)
-            and current is not None
-            and (current.attempt, current.target) == (attempt, worker.ref)
-            and current.source is not None
+            and self.target_of.get(attempt) == worker.ref
             and attempt not in self.begun
         ):
             self.early.setdefault(attempt, []).append((worker, message))
@@ -169,6 +169,8 @@ class ModelCluster:
                 self._drop(worker, attempt, ev.Finished(self.now, worker.ref, attempt))
         elif hold.kind == "prefill" and hold.ticket:
             self._push(worker, attempt, hold)
+        elif hold.kind == "pushed":
+            self._acknowledged(worker, attempt, hold)
         elif hold.kind in ("whole", "running"):
             self._decode(worker, attempt, hold)
 
@@ -193,7 +195,16 @@ class ModelCluster:
             return
         landed.kind, landed.num_output = "running", 1
         target.outbox.append(ev.Adopted(self.now, target.ref, attempt))
-        self._drop(worker, attempt, ev.HandedOver(self.now, worker.ref, attempt))
+        hold.kind = "pushed"
+
+    def _acknowledged(self, worker: ModelWorker, attempt: Attempt, hold: Hold) -> None:
+        """The answer to the push comes, or is lost with the target: then the sender cannot know that all went well."""
+        assert hold.target is not None
+        target = self.workers.get(hold.target)
+        if target is None or target.frozen:
+            self._drop(worker, attempt, ev.AttemptFailed(self.now, worker.ref, attempt, "no acknowledgement"))
+        else:
+            self._drop(worker, attempt, ev.HandedOver(self.now, worker.ref, attempt))
 
     def _decode(self, worker: ModelWorker, attempt: Attempt, hold: Hold) -> None:
         hold.num_output += 1

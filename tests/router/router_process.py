@@ -1,4 +1,4 @@
-"""A whole router (`router.server.serve_router`) on the test's event loop, in front of a fake cluster."""
+"""A whole router (`deploy.router_process.serve_router`) on the test's event loop, in front of a fake cluster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import grpc
 from baton.api.tokenizer import TextTokenizer
 from baton.core.topology import ModelSpec, PoolSpec, RouterConfig, RouterSpec, Topology
 from baton.core.view import Role
-from baton.router.server import serve_router
+from baton.deploy.router_process import serve_router
 from baton.tests.router.fake_cluster import FakeCluster, TokenAt, running_cluster
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 

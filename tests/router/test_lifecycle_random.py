@@ -14,6 +14,8 @@ POOLS = {"p": Role.PREFILL, "d": Role.DECODE, "m": Role.MIXED}
 WORKER_IDS = ("p0", "p1", "d0", "d1", "m0")
 NAMES = st.sampled_from(WORKER_IDS)
 NUMBERS = st.integers(0, 11)
+KINDS = st.sampled_from(["command", "command", "work", "work", "read", "read", "end"])
+STEPS = st.lists(st.tuples(KINDS, NUMBERS, NUMBERS), min_size=10, max_size=60)
 
 
 class ClusterInTrouble(RuleBasedStateMachine):
@@ -49,31 +51,20 @@ class ClusterInTrouble(RuleBasedStateMachine):
         self.count += 1
         self.cluster.arrive(f"r{self.count}", prompt, max_tokens=4, draw=draw)
 
-    @rule(number=NUMBERS)
-    def deliver_commands(self, number: int) -> None:
-        worker = self.pick(number)
-        while worker is not None and worker.inbox and not worker.frozen:
-            self.cluster.deliver_command(worker)
-
-    @rule(number=NUMBERS)
-    def deliver_command(self, number: int) -> None:
-        worker = self.pick(number)
-        if worker is not None:
-            self.cluster.deliver_command(worker)
-
-    @rule(number=NUMBERS, times=st.integers(1, 4))
-    def deliver_messages(self, number: int, times: int) -> None:
-        worker = self.pick(number)
-        for _ in range(times):
-            if worker is not None and worker.ref in self.cluster.workers:
+    @rule(steps=STEPS)
+    def go_on(self, steps: list[tuple[str, int, int]]) -> None:
+        """Workers and streams make progress, in any order."""
+        for kind, number, choice in steps:
+            worker = self.pick(number)
+            if worker is None:
+                return
+            if kind == "read":
                 self.cluster.deliver_message(worker)
-
-    @rule(number=NUMBERS, choice=NUMBERS, times=st.integers(1, 5), ends_early=st.booleans())
-    def work(self, number: int, choice: int, times: int, ends_early: bool) -> None:
-        worker = self.pick(number)
-        for _ in range(times):
-            if worker is not None:
-                self.cluster.work(worker, choice, ends_early and times == 1)
+            elif kind == "command":
+                self.cluster.deliver_command(worker)
+            else:
+                self.cluster.work(worker, choice, ends_early=kind == "end")
+            self.cluster.check_nothing_is_forgotten()
 
     @rule(number=NUMBERS, rate=st.sampled_from([0.0, 1e3]), waiting=st.integers(0, 1))
     def report(self, number: int, rate: float, waiting: int) -> None:
@@ -154,6 +145,6 @@ class ClusterInTrouble(RuleBasedStateMachine):
 
 
 ClusterInTrouble.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestClusterInTrouble = ClusterInTrouble.TestCase

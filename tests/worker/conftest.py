@@ -214,13 +214,9 @@ async def rig(model_path: Path) -> AsyncIterator[Rig]:
 def make_spec() -> Callable[..., pb.SequenceSpec]:
     """Builds the wire form of a greedy sequence."""
 
-    def make(
-        request_id: str, num_prompt: int, max_tokens: int = 8, number: int = 0, output: tuple[int, ...] = ()
-    ) -> pb.SequenceSpec:
+    def make(request_id: str, num_prompt: int, max_tokens: int = 8, temperature: float = 0.0) -> pb.SequenceSpec:
         prompt = [3 + (7 * i + len(request_id)) % 200 for i in range(num_prompt)]
-        sampling = pb.SamplingSpec(temperature=0.0, top_p=1.0, max_tokens=max_tokens)
-        return pb.SequenceSpec(
-            attempt=pb.AttemptId(request_id=request_id, number=number), prompt=prompt, output=output, sampling=sampling
-        )
+        sampling = pb.SamplingSpec(temperature=temperature, top_p=0.95, seed=11, max_tokens=max_tokens)
+        return pb.SequenceSpec(attempt=pb.AttemptId(request_id=request_id), prompt=prompt, sampling=sampling)
 
     return make

@@ -39,11 +39,14 @@ def at_rest(beat: pb.Heartbeat) -> bool:
 
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["greedy", "seeded"])
 @pytest.mark.parametrize("num_prompt", [1, 16, 17, 100])
-async def test_split_serving_equals_whole_serving(rig: Any, make_spec: Spec, transport: str, num_prompt: int) -> None:
+async def test_split_serving_equals_whole_serving(
+    rig: Any, make_spec: Spec, transport: str, num_prompt: int, temperature: float
+) -> None:
     prefill = await rig.start(Role.PREFILL, transport=transport, max_step_tokens=32)
     decode = await rig.start(Role.DECODE, transport=transport)
-    spec = make_spec("r", num_prompt, max_tokens=12)
+    spec = make_spec("r", num_prompt, max_tokens=12, temperature=temperature)
     await hand_over(prefill, decode, spec)
     await decode.finished("r")
     report = (await prefill.expect("handed_over")).handed_over

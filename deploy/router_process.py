@@ -1,7 +1,7 @@
 """The router's process: reads its configuration, puts the parts together, serves, ends cleanly.
 
-`python -m baton.router.server '<RouterConfig as JSON>'`. This is a composition root: the only module of the
-router that knows the faces and chooses policies by their names.
+`python -m baton.deploy.router_process '<RouterConfig as JSON>'`. This is a composition root: it
+joins the router with its faces and chooses policies by their names, which is why it stands here and not in `router`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from ..observability.metrics import Metrics
 from ..policy.admission import ADMISSION
 from ..policy.routing import ROUTING
 from ..proto import worker_pb2 as pb
-from .lifecycle import Lifecycle, LifecycleConfig
-from .readiness import Readiness
-from .roster import ControllerLink
-from .service import RouterService, ServiceOptions
-from .tape import TapeWriter
+from ..router.lifecycle import Lifecycle, LifecycleConfig
+from ..router.readiness import Readiness
+from ..router.roster import ControllerLink
+from ..router.service import RouterService, ServiceOptions
+from ..router.tape import TapeWriter
 
 SHUTDOWN_GRACE = 2.0  # seconds that running requests get to end by themselves
 ORPHAN_CHECK = 1.0  # seconds between looks at the controller link
@@ -47,8 +47,8 @@ ORPHAN_CHECK = 1.0  # seconds between looks at the controller link
 logger = logging.getLogger("baton.router")
 
 
-def run(config_json: str, tape: str | None = None) -> int:
-    """Serve until told to stop; the exit status of the process. `tape` is a file to record the lifecycle's events in.
+def run(config_json: str) -> int:
+    """Serve until told to stop; the exit status of the process.
 
     A problem with the configuration, the model or a port is printed in one line.
     """
@@ -60,7 +60,7 @@ def run(config_json: str, tape: str | None = None) -> int:
         return 1
     configure(config.router_id)
     try:
-        uvloop.run(serve_router(config, Path(tape) if tape else None))
+        uvloop.run(serve_router(config))
     except Unavailable as error:
         logger.warning("%s", error)
         return 3
@@ -70,17 +70,17 @@ def run(config_json: str, tape: str | None = None) -> int:
     return 0
 
 
-async def serve_router(config: RouterConfig, tape: Path | None = None) -> None:
+async def serve_router(config: RouterConfig) -> None:
     """Build and serve one router on the running event loop until a signal, or until it is refused or orphaned."""
     topology = config.topology
     directory = model_directory(topology.model)
     model = load_model_info(topology.model, directory)
     tokenizer = TextTokenizer.load(directory)
-    metrics, writer = Metrics(), TapeWriter(tape) if tape else None
+    metrics, writer = Metrics(), TapeWriter(Path(topology.router.tape)) if topology.router.tape else None
     epoch = secrets.randbits(48)
     options = ServiceOptions(config.router_id, epoch, topology.router.request_timeout, topology.router.seed)
     link = ControllerLink(config.controller, config.router_id)
-    service = RouterService(options, _lifecycle(topology), MonotonicClock(), link, metrics, writer)
+    service = RouterService(options, make_lifecycle(topology), MonotonicClock(), link, metrics, writer)
     health = HealthFace()
     changes: asyncio.Queue[bool] = asyncio.Queue()
     canary = (await tokenizer.encode("a", add_special_tokens=False))[:2] or (0,)
@@ -155,7 +155,7 @@ async def _signalled() -> None:
     await stop.wait()
 
 
-def _lifecycle(topology: Topology) -> Lifecycle:
+def make_lifecycle(topology: Topology) -> Lifecycle:
     """The brain with the policies that the topology names."""
     router = topology.router
     if router.routing not in ROUTING:
@@ -218,6 +218,5 @@ def _announced(address: str, bind_host: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Run one router.")
     parser.add_argument("config", help="a RouterConfig as JSON")
-    parser.add_argument("--tape", help="file to record the lifecycle's events in")
     arguments = parser.parse_args()
-    sys.exit(run(arguments.config, arguments.tape))
+    sys.exit(run(arguments.config))
