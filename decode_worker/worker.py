@@ -117,9 +117,11 @@ class DecodeWorker(WorkerCore):
         self.abort(attempt)
 
     def _room_freed(self) -> None:
-        """Blocks may have become free: reservations that wait may be granted."""
+        """Blocks may have become free: reservations and local sequences that wait for some may go on."""
         if self._receiver.num_waiting:
             self._perform(self._receiver.handle(ho.RoomFreed(self.clock.now())))
+        if self.engine.scheduler.num_waiting:
+            self.loop.wake()
 
     def _perform(self, actions: Sequence[ho.ReceiverAction]) -> None:
         for action in actions:

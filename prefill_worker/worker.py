@@ -167,6 +167,7 @@ class PrefillWorker(WorkerCore):
             outcome = ho.PushDone(self.clock.now(), ticket.attempt, note.first_block, note.num_blocks)
         finally:
             self.engine.blocks.release(blocks)
+            self.loop.wake()  # somebody may wait for these blocks
         self._perform(self._sender.handle(outcome))
 
     async def _transfer(self, action: ho.Push) -> TransferStats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from baton.core.step import StepPlan
+from baton.tests.engine.fake_device import token_of
 from baton.tests.engine.rig import Rig
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,6 +50,21 @@ def test_a_hand_over_does_not_recur() -> None:
     rig = Rig()
     rig.add(rig.spec("a", range(1), hand_over=True, max_tokens=9))
     assert repeats(rig) == 1
+
+
+def test_a_forecast_ends_where_a_waiting_sequence_may_find_a_new_prefix() -> None:
+    rig = Rig(num_blocks=5)
+    spec = rig.spec("a", range(5), max_tokens=6)
+    rig.adopt(spec, rig.land(spec, head_room=1))
+    shared = [*range(5), *(token_of("a", index) for index in range(3))]
+    rig.add(rig.spec("head", [*shared, *[6] * 8], max_tokens=1))  # three blocks beyond the known one, two are free
+    assert repeats(rig) == 3
+    rig.commit()
+    for _ in range(2):
+        rig.step()
+    plan = rig.plan()
+    assert plan is not None
+    assert [row.attempt.request_id for row in plan.rows] == ["a", "head"]
 
 
 def test_news_since_the_plan_end_the_forecast() -> None:

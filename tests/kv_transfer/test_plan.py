@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ def cuts(draw, total: int) -> list[tuple[int, int]]:
     """[0, total) in consecutive (start, length) pieces."""
     inner = draw(st.sets(st.integers(1, total - 1), max_size=3)) if total > 1 else set()
     edges = [0, *sorted(inner), total]
-    return [(a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(a, b - a) for a, b in itertools.pairwise(edges)]
 
 
 @st.composite
