@@ -147,12 +147,16 @@ async def start_target() -> AsyncIterator[StartTarget]:
         endpoint = Endpoint(worker, f"127.0.0.1:{bound}", host_identity(), memory.path, NUM_BLOCKS, LAYOUT)
         return Target(endpoint, memory, sink, server=server)
 
-    async def as_child(worker: WorkerRef) -> Target:
+    def spawn(worker: WorkerRef) -> tuple[subprocess.Popen[str], str]:
         script = Path(__file__).with_name("peer_process.py")
         arguments = [worker.worker_id, str(worker.epoch), str(NUM_BLOCKS), str(LAYOUT.block_bytes)]
         process = subprocess.Popen([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        said = json.loads(await asyncio.to_thread(process.stdout.readline))
+        return process, process.stdout.readline()
+
+    async def as_child(worker: WorkerRef) -> Target:
+        process, line = await asyncio.to_thread(spawn, worker)
+        said = json.loads(line)
         endpoint = Endpoint(worker, said["address"], host_identity(), said["path"], NUM_BLOCKS, LAYOUT)
         memory = PoolMemory.open(said["path"], NUM_BLOCKS * LAYOUT.block_bytes)
         return Target(endpoint, memory, RecordingSink(), process=process)

@@ -40,6 +40,7 @@ class Soak:
         self.reached: set[tuple[str, str]] = set()
         self.cancelled: set[str] = set()
         self.count = 0
+        self.slow = self.random.choice(WORKER_IDS)  # its stream lags behind, so that others' messages overtake its own
         routing = ROUTING[self.random.choice(sorted(ROUTING))]
         self.cluster = ModelCluster(routing, local_prefill_tokens=self.random.choice([0, 0, 8]), request_timeout=1e6, head_room=2)
         for name in WORKER_IDS:
@@ -81,7 +82,8 @@ class Soak:
             case "work":
                 cluster.work(worker, draw.randrange(100), ends_early=draw.random() < 0.05)
             case "read":
-                cluster.deliver_message(worker)
+                if worker.ref.worker_id != self.slow or draw.random() < 0.15:
+                    cluster.deliver_message(worker)
             case "report":
                 cluster.report(worker, draw.choice([0.0, 1e3]), draw.randrange(2))
             case "fail":
