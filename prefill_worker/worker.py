@@ -193,7 +193,7 @@ class PrefillWorker(WorkerCore):
         report = pb.HandedOver(
             attempt=attempt_to(attempt),
             bytes=sum(stats.num_bytes for stats in sent),
-            seconds=sum(stats.seconds for stats in sent),
+            seconds=sum(stats.seconds for stats in sent if stats.num_bytes),  # the rest only asked
             exposed=0.0 if sampled is None else self.clock.now() - sampled,
             transport=sent[-1].transport if sent else "",
         )
