@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+from baton.core.request import Attempt, SamplingParams
+from baton.core.step import StepPlan, StepRow
+from baton.engine.timing import FIRST_GUESS, StepTimes, is_decode_only
+
+
+def plan(*num_tokens: int, output_index: int = 1) -> StepPlan:
+    rows = tuple(
+        StepRow(Attempt(f"r{i}", 0), 0, tuple(range(n)), (0,), SamplingParams(), output_index, True)
+        for i, n in enumerate(num_tokens)
+    )
+    return StepPlan(1, rows)
+
+
+def test_decode_and_prefill_steps_are_told_apart() -> None:
+    assert is_decode_only(plan(1, 1))
+    assert not is_decode_only(plan(1, 2))
+    assert not is_decode_only(plan(1, output_index=0))  # a prompt of one token
+
+
+def test_nothing_seen_means_a_generous_guess() -> None:
+    times = StepTimes()
+    assert times.predict(plan(1)) == times.predict(plan(100)) == FIRST_GUESS
+
+
+def test_prefill_is_predicted_by_its_rate_and_decode_by_its_step() -> None:
+    times = StepTimes()
+    times.observe(plan(100), 0.5)
+    times.observe(plan(1, 1), 0.01)
+    assert times.predict(plan(400)) == pytest.approx(2.0)
+    assert times.predict(plan(1)) == pytest.approx(0.01)
+    assert times.predict(plan(2)) == pytest.approx(0.01)  # a mixed step is never quicker than a decode step
+
+
+def test_averages_follow_what_changes() -> None:
+    times = StepTimes()
+    times.observe(plan(1), 0.01)
+    for _ in range(50):
+        times.observe(plan(1), 0.03)
+    assert times.decode_step == pytest.approx(0.03, rel=0.01)
+
+
+def test_a_step_without_a_time_teaches_nothing() -> None:
+    times = StepTimes()
+    times.observe(plan(10), 0.0)
+    assert (times.prefill_rate, times.decode_step) == (0.0, 0.0)
