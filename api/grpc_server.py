@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -11,7 +12,7 @@ from google.protobuf.message import Message as ProtoMessage
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ..core.errors import BatonError, InvalidRequest
+from ..core.errors import BatonError, Cancelled, InvalidRequest
 from ..core.request import TokenLogprob
 from ..core.slo import Slo
 from ..proto import inference_pb2 as pb
@@ -23,11 +24,11 @@ from .errors import grpc_status
 from .generation import Generation, Piece
 from .model_info import ModelInfo
 from .tokenizer import TextTokenizer
-from .validation import Parameters, check_model, to_submission
+from .validation import MAX_MESSAGES, MAX_REQUEST_BYTES, Parameters, check_length, check_model, to_submission
 
 Context: TypeAlias = "grpc.aio.ServicerContext[ProtoMessage, ProtoMessage]"
 
-MAX_MESSAGE_BYTES = 64 << 20
+STALL_TIMEOUT = 60.0  # seconds in which a client must read something
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 
 
@@ -63,7 +64,10 @@ class InferenceFace(rpc.InferenceServicer):
 
         try:
             async for piece in generation:
-                await context.write(_response(generation, piece))
+                async with asyncio.timeout(STALL_TIMEOUT):
+                    await context.write(_response(generation, piece))
+        except TimeoutError:
+            await _abort(context, Cancelled(f"the client has read nothing for {STALL_TIMEOUT:g} s"))
         except BatonError as error:
             await _abort(context, error)
         finally:  # the client's cancel, its deadline, a broken connection: they cancel this coroutine
@@ -127,11 +131,17 @@ class InferenceFace(rpc.InferenceServicer):
     async def _prompt(self, request: pb.GenerateRequest) -> tuple[int, ...]:
         match request.WhichOneof("input"):
             case "text":
+                check_length(self._tokenizer.least_tokens(request.text), self._model, "prompt")
                 return await self._tokenizer.encode(request.text)
             case "tokens":
+                check_length(len(request.tokens.ids), self._model, "prompt")
                 return tuple(request.tokens.ids)
             case "chat":
+                count = len(request.chat.messages)
+                if not 1 <= count <= MAX_MESSAGES:
+                    raise InvalidRequest(f"messages: give 1 to {MAX_MESSAGES} messages, not {count}", "messages")
                 messages = [Message(message.role, message.content) for message in request.chat.messages]
+                check_length(sum(self._tokenizer.least_tokens(each.content) for each in messages), self._model, "messages")
                 return await self._tokenizer.encode_chat(messages)
         raise InvalidRequest("input: one of text, tokens and chat must be set", "input")
 
@@ -155,8 +165,8 @@ def build_server(face: InferenceFace, health_face: HealthFace) -> grpc.aio.Serve
     """A server with every public service; not bound, not started."""
     options = (
         ("grpc.so_reuseport", 0),  # a taken port is an error
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+        ("grpc.max_send_message_length", -1),
     )
     server = grpc.aio.server(options=options)
     rpc.add_InferenceServicer_to_server(face, server)

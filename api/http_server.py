@@ -11,10 +11,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, 
 from typing import TypeVar
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..core.errors import BatonError, Cancelled, InternalError, InvalidRequest
@@ -23,17 +24,20 @@ from ..core.slo import Slo
 from ..observability.metrics import CONTENT_TYPE, Metrics
 from ..router.readiness import Readiness
 from ..router.service import RouterService
+from .body import read_body
 from .errors import error_body, http_error
 from .generation import Generation, Piece, merged
+from .http_protocol import ImpatientProtocol
 from .model_info import ModelInfo
 from .openai_format import ChatStyle, CompletionStyle, Json, JsonObject, Style, model_entry, model_list, usage
 from .openai_types import ChatRequest, Common, CompletionRequest
 from .tokenizer import TextTokenizer
-from .validation import Parameters, check_model, to_submission
+from .validation import Parameters, check_length, check_model, shown, to_submission
 
 _T = TypeVar("_T")
 
 TIMEOUT_HEADER = "x-request-timeout"  # seconds that the client is willing to wait
+STALL_TIMEOUT = 60.0  # seconds in which a streaming client must read something
 
 
 class HttpFace:
@@ -56,41 +60,42 @@ class HttpFace:
         self._slo = slo
         self._created = int(time.time())
 
-    def app(self) -> FastAPI:
+    def app(self) -> Starlette:
         """The ASGI application."""
-        app = FastAPI(title="Baton", docs_url=None, redoc_url=None)
-        app.add_exception_handler(BatonError, _on_baton_error)
-        app.add_exception_handler(RequestValidationError, _on_validation_error)
-        app.add_exception_handler(HTTPException, _on_http_exception)
-        app.add_exception_handler(Exception, _on_bug)
-        app.get("/health")(self._health)
-        app.get("/ready")(self._ready)
-        app.get("/metrics")(self._render_metrics)
-        app.get("/v1/models")(self._models)
-        app.get("/v1/models/{name:path}")(self._one_model)
-        app.post("/v1/completions", response_model=None)(self._completions)
-        app.post("/v1/chat/completions", response_model=None)(self._chat)
+        routes = [
+            Route("/health", self._health),
+            Route("/ready", self._ready),
+            Route("/metrics", self._render_metrics),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._one_model),
+            Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+        ]
+        handlers = {BatonError: _on_baton_error, HTTPException: _on_http_exception, Exception: _on_bug}
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        app.router.redirect_slashes = False
         return app
 
-    async def _health(self) -> JSONResponse:
+    async def _health(self, request: Request) -> JSONResponse:
         return JSONResponse({"status": "alive"})
 
-    async def _ready(self) -> JSONResponse:
+    async def _ready(self, request: Request) -> JSONResponse:
         if self._readiness.ready:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "not ready", "reason": self._readiness.reason}, 503)
 
-    async def _render_metrics(self) -> Response:
+    async def _render_metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
 
-    async def _models(self) -> JSONResponse:
+    async def _models(self, request: Request) -> JSONResponse:
         return JSONResponse(model_list(self._model, self._created))
 
-    async def _one_model(self, name: str) -> JSONResponse:
-        check_model(name, self._model)
+    async def _one_model(self, request: Request) -> JSONResponse:
+        check_model(request.path_params["name"] or "/", self._model)
         return JSONResponse(model_entry(self._model, self._created))
 
-    async def _completions(self, body: CompletionRequest, request: Request) -> Response:
+    async def _completions(self, request: Request) -> Response:
+        body = await read_body(request, CompletionRequest)
         body.check()
         check_model(body.model or "", self._model)
         timeout = _timeout(request)
@@ -98,16 +103,22 @@ class HttpFace:
         parameters = [body.parameters(prompt, timeout) for prompt in prompts]
         return await self._answer(request, body, parameters, CompletionStyle(self._tokenizer, body.logprobs is not None))
 
-    async def _chat(self, body: ChatRequest, request: Request) -> Response:
+    async def _chat(self, request: Request) -> Response:
+        body = await read_body(request, ChatRequest)
         body.check()
         check_model(body.model or "", self._model)
         timeout = _timeout(request)
-        prompt = await self._tokenizer.encode_chat([message.plain() for message in body.messages])
+        messages = [message.plain() for message in body.messages]
+        check_length(sum(self._tokenizer.least_tokens(each.content) for each in messages), self._model, "messages")
+        prompt = await self._tokenizer.encode_chat(messages)
         parameters = [body.parameters(prompt, timeout)]
         return await self._answer(request, body, parameters, ChatStyle(self._tokenizer, bool(body.logprobs)))
 
     async def _encode(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
-        return await self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, tuple):
+            return prompt
+        check_length(self._tokenizer.least_tokens(prompt), self._model, "prompt")
+        return await self._tokenizer.encode(prompt)
 
     async def _answer(self, request: Request, body: Common, parameters: Sequence[Parameters], style: Style) -> Response:
         answer = Answer(self._start(parameters), style, self._model.name, 1 if body.n is None else body.n)
@@ -206,9 +217,10 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for event in self._events():
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                async with asyncio.timeout(STALL_TIMEOUT):
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except OSError:  # the client is gone
+        except OSError:  # the client is gone, or has stopped reading (TimeoutError is one)
             pass
         finally:
             watcher.cancel()
@@ -239,9 +251,15 @@ class EventStream(Response):
 class HttpServer:
     """uvicorn on a socket of ours, without its signal handlers and its ten wake-ups a second."""
 
-    def __init__(self, app: FastAPI, listener: socket.socket) -> None:
+    def __init__(self, app: Starlette, listener: socket.socket) -> None:
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", date_header=False, timeout_graceful_shutdown=1
+            app,
+            http=ImpatientProtocol,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            date_header=False,
+            timeout_graceful_shutdown=1,
         )
         self._server = _QuietServer(config)
         self._listener = listener
@@ -308,7 +326,7 @@ def _timeout(request: Request) -> float | None:
     except ValueError:
         seconds = float("nan")
     if not 0 <= seconds < float("inf"):
-        raise InvalidRequest(f"{TIMEOUT_HEADER}: it must be a number of seconds, not {value!r}", TIMEOUT_HEADER)
+        raise InvalidRequest(f"{TIMEOUT_HEADER}: it must be a number of seconds, not {shown(value)}", TIMEOUT_HEADER)
     return seconds
 
 
@@ -323,20 +341,6 @@ async def _on_baton_error(request: Request, error: Exception) -> Response:
     known = error if isinstance(error, BatonError) else InternalError(str(error))
     status, body, headers = http_error(known)
     return JSONResponse(body, status, dict(headers))
-
-
-async def _on_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    problem = error.errors()[0]
-    location = [str(part) for part in problem["loc"] if part != "body"]
-    if problem["type"] == "json_invalid":
-        return JSONResponse(error_body("the body is not valid JSON", "invalid_request_error", None, "invalid_json"), 400)
-    if problem["type"] == "extra_forbidden":
-        message = f"{'.'.join(location)}: this field is not supported"
-    else:
-        message = f"{'.'.join(location) or 'body'}: {problem['msg']}"
-    field = location[0] if location else None
-    return JSONResponse(error_body(message, "invalid_request_error", field, "invalid_argument"), 400)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ..core.request import FinishReason, TokenLogprob
+from .detokenizer import Detokenizer
 from .generation import Generation, Piece
 from .model_info import ModelInfo
 from .tokenizer import TextTokenizer
@@ -49,7 +50,7 @@ class CompletionStyle:
     def __init__(self, tokenizer: TextTokenizer, with_logprobs: bool) -> None:
         self._tokenizer = tokenizer
         self._with_logprobs = with_logprobs
-        self._offsets: dict[int, int] = {}
+        self._decoded: dict[int, tuple[Detokenizer, int]] = {}  # a decoder of each choice, and how many characters it gave
 
     def opening(self, index: int) -> JsonObject | None:
         return None
@@ -70,20 +71,23 @@ class CompletionStyle:
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> JsonObject:
         token_text = self._tokenizer.token_text
-        offset = self._offsets.get(index, 0)
+        # Offsets count characters of the text as it is returned: special tokens have none, half a character has none yet.
+        decoder, offset = self._decoded.get(index) or (self._tokenizer.detokenizer(), 0)
         tokens: list[str] = []
         offsets: list[int] = []
         tops: list[JsonObject] = []
         for entry in logprobs:
             text = token_text(entry.token)
+            new = decoder.push(entry.token)
+            before = len(new) - len(text) if new.endswith(text) else 0  # broken bytes of the tokens before it
             tokens.append(text)
-            offsets.append(offset)
-            offset += len(text)
+            offsets.append(offset + before)
+            offset += len(new)
             top: JsonObject = {}
             for token, value in (*entry.top, (entry.token, entry.logprob)):
                 top.setdefault(token_text(token), value)  # two tokens may read the same: the likelier one stays
             tops.append(top)
-        self._offsets[index] = offset
+        self._decoded[index] = decoder, offset
         return {
             "tokens": tokens,
             "token_logprobs": [entry.logprob for entry in logprobs],

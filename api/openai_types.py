@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from ..core.errors import InvalidRequest
 from .chat import Message
-from .validation import MAX_LOGPROBS, Parameters
+from .validation import MAX_LOGPROBS, MAX_MESSAGES, Parameters, shortened
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 MAX_PROMPTS = 128
+MAX_CHOICES = 1024  # prompts times n
+UNKNOWN_FIELD = "unknown_field"  # our own type of validation error
 
+_T = TypeVar("_T")
+
+
+class _FirstMistake(FailFast):
+    """One mistake is enough: a million of them must not cost a million errors. Hashable, as members of a union must be."""
+
+    __hash__ = object.__hash__
+
+
+Many = Annotated[list[_T], _FirstMistake()]
 Zero = Annotated[float, Field(ge=0, le=0)]  # penalties: accepted where they change nothing
 
 
@@ -21,6 +34,46 @@ class Strict(BaseModel):
     """No coercion, no unknown fields, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_all(cls, value: object) -> object:
+        """Before pydantic looks, which would make an error for each of a million unknown fields."""
+        unknown = next((name for name in value if name not in cls.model_fields), None) if isinstance(value, dict) else None
+        if unknown is not None:
+            raise PydanticCustomError(UNKNOWN_FIELD, "{name}: this field is not supported", {"name": shortened(str(unknown))})
+        return value
+
+
+def _shape(value: object) -> str | None:
+    """Which kind of text or list a value is meant to be, judged by its first entry: only that one is checked."""
+    if isinstance(value, str):
+        return "<text>"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    return "<texts>" if isinstance(first, str) else "<lists>" if isinstance(first, list) else "<entries>"
+
+
+def _text_or_list(value: object) -> str | None:
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+Texts = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[Many[str], Tag("<list>")],
+    Discriminator(_text_or_list, custom_error_type="union", custom_error_message="Input should be a string or a list of strings"),
+]
+Prompt = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[Many[str], Tag("<texts>")]
+    | Annotated[Many[int], Tag("<entries>")]
+    | Annotated[Many[Many[int]], Tag("<lists>")],
+    Discriminator(
+        _shape,
+        custom_error_type="union",
+        custom_error_message="Input should be a string, a list of strings, token ids or a list of lists of token ids",
+    ),
+]
 
 
 class StreamOptions(Strict):
@@ -36,7 +89,7 @@ class Common(Strict):
     top_p: float | None = None
     n: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Texts | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -45,7 +98,7 @@ class Common(Strict):
     top_k: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Many[int] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -72,6 +125,7 @@ class Common(Strict):
             logprobs=logprobs,
             n=1 if self.n is None else self.n,
             tenant=self.user or "",
+            tenant_field="user",
             timeout=timeout,
         )
 
@@ -79,7 +133,7 @@ class Common(Strict):
 class CompletionRequest(Common):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompt
     logprobs: int | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -93,8 +147,11 @@ class CompletionRequest(Common):
         tokens = tuple(entry for entry in self.prompt if isinstance(entry, int))
         if tokens:
             return [tokens]
-        if not 1 <= len(self.prompt) <= MAX_PROMPTS:
-            raise InvalidRequest(f"prompt: give 1 to {MAX_PROMPTS} prompts, not {len(self.prompt)}", "prompt")
+        count = len(self.prompt)
+        if not 1 <= count <= MAX_PROMPTS:
+            raise InvalidRequest(f"prompt: give 1 to {MAX_PROMPTS} prompts, not {count}", "prompt")
+        if count * (self.n or 1) > MAX_CHOICES:
+            raise InvalidRequest(f"n: {self.n} times {count} prompts are more than {MAX_CHOICES} choices", "n")
         texts = [entry for entry in self.prompt if isinstance(entry, str)]
         return texts or [tuple(entry) for entry in self.prompt if isinstance(entry, list)]
 
@@ -108,11 +165,19 @@ class TextPart(Strict):
     text: str
 
 
+Content = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[Many[TextPart], Tag("<list>")],
+    Discriminator(
+        _text_or_list, custom_error_type="union", custom_error_message="Input should be a string or a list of text parts"
+    ),
+]
+
+
 class ChatMessage(Strict):
     """One message. The fields that only other APIs' answers carry may be null, so that answers can be sent back."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Content
     refusal: None = None
     tool_calls: None = None
     function_call: None = None
@@ -127,7 +192,7 @@ class ChatMessage(Strict):
 class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], _FirstMistake(), Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -145,7 +210,7 @@ class ChatRequest(Common):
 
     def parameters(self, prompt: tuple[int, ...], timeout: float | None) -> Parameters:
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        parameters = self._common(prompt, logprobs, timeout)
+        parameters = replace(self._common(prompt, logprobs, timeout), prompt_field="messages")
         if self.max_completion_tokens is None:
             return parameters
         return replace(parameters, max_tokens=self.max_completion_tokens, max_tokens_field="max_completion_tokens")

@@ -27,6 +27,7 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self._template = template
         self._bytes = _byte_table(tokenizer)
+        self._longest = _longest_token(tokenizer, self._bytes)
 
     @classmethod
     def load(cls, directory: Path) -> TextTokenizer:
@@ -48,6 +49,10 @@ class TextTokenizer:
         if len(text) < LONG_TEXT:
             return self._encode(text, add_special_tokens)
         return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    def least_tokens(self, text: str) -> int:
+        """A bound that costs nothing: `text` has at least this many tokens. 0 where the tokenizer allows no bound."""
+        return len(text) // self._longest if self._longest else 0
 
     async def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a conversation rendered with the model's chat template. Raises InvalidRequest."""
@@ -78,7 +83,9 @@ class TextTokenizer:
         return self.token_bytes(token).decode("utf-8", "replace")
 
     def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Unlike `encode`, a batch lets other threads run meanwhile.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(encoding.ids)
 
 
 def _converted(directory: Path) -> Tokenizer:
@@ -111,6 +118,14 @@ def _byte_table(tokenizer: Tokenizer) -> Mapping[int, bytes] | None:
             known = all(character in alphabet for character in text)
             table[token] = bytes(alphabet[character] for character in text) if known else text.encode()
     return table
+
+
+def _longest_token(tokenizer: Tokenizer, table: Mapping[int, bytes] | None) -> int | None:
+    """The most characters that one token can stand for; None when a token can swallow any number of them."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    if table is None or tokenizer.normalizer is not None or any(token.lstrip or token.rstrip for token in added):
+        return None
+    return max((*map(len, table.values()), *(len(token.content) for token in added)), default=None)
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -5,7 +5,6 @@ Both faces share it, and nothing is given to the router before it has passed.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,7 +21,12 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256  # characters
 MAX_TEMPERATURE = 2.0
+MAX_STOP_TOKENS = 128
 MAX_PRIORITY = 1000
+MAX_MESSAGES = 4096
+MAX_REQUEST_BYTES = 16 << 20  # on the wire; a million token ids are 7 MB of JSON
+MAX_NAME_LENGTH = 256  # characters of what a client calls itself and its requests
+MAX_SHOWN = 80  # characters of a client's value in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +34,12 @@ class Parameters:
     """A request as a face understood it; None where the client said nothing.
 
     default_max_tokens  what None for `max_tokens` means before it is clipped to the model's limit; None: up to the limit
-    max_tokens_field    how the client spells it, for messages
+    prompt_field, max_tokens_field, tenant_field   how the client spells them, for messages
     timeout             seconds that the client is willing to wait
     """
 
     prompt: tuple[int, ...]
+    prompt_field: str = "prompt"
     max_tokens: int | None = None
     default_max_tokens: int | None = None
     max_tokens_field: str = "max_tokens"
@@ -50,6 +55,7 @@ class Parameters:
     n: int = 1
     client_id: str = ""
     tenant: str = ""
+    tenant_field: str = "tenant"
     priority: int = 0
     slo: Slo | None = None
     timeout: float | None = None
@@ -58,7 +64,26 @@ class Parameters:
 def check_model(name: str, model: ModelInfo) -> None:
     """Raises ModelNotFound unless `name` is empty or the served model's."""
     if name and name != model.name:
-        raise ModelNotFound(f"the model {name!r} is not served here: this is {model.name!r}")
+        raise ModelNotFound(f"the model {shown(name)} is not served here: this is {model.name!r}")
+
+
+def check_length(least: int, model: ModelInfo, field: str) -> None:
+    """Raises InvalidRequest when a prompt of `least` tokens or more is too long: before any of them is made."""
+    if least >= model.max_model_len:
+        raise InvalidRequest(
+            f"{field}: {least} or more tokens leave no room to answer within the model's limit of {model.max_model_len} tokens",
+            field,
+        )
+
+
+def shown(value: object) -> str:
+    """A client's value for a message: short, printable."""
+    return repr(shortened(value)) if isinstance(value, str) else shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def to_submission(parameters: Parameters, model: ModelInfo, capacity: int | None) -> Submission:
@@ -66,7 +91,7 @@ def to_submission(parameters: Parameters, model: ModelInfo, capacity: int | None
 
     Raises InvalidRequest, or DeadlineExceeded for a deadline that has passed.
     """
-    _check_prompt(parameters.prompt, model)
+    _check_prompt(parameters.prompt, parameters.prompt_field, model)
     max_tokens = _max_tokens(parameters, model, capacity)
     _check_sampling(parameters, model, max_tokens)
     _check_stops(parameters.stop)
@@ -94,12 +119,18 @@ def to_submission(parameters: Parameters, model: ModelInfo, capacity: int | None
     )
 
 
-def _check_prompt(prompt: tuple[int, ...], model: ModelInfo) -> None:
+def _check_prompt(prompt: tuple[int, ...], field: str, model: ModelInfo) -> None:
     if not prompt:
-        raise InvalidRequest("prompt: it must hold at least one token", "prompt")
+        raise InvalidRequest(f"{field}: it must hold at least one token", field)
+    if len(prompt) >= model.max_model_len:
+        raise InvalidRequest(
+            f"{field}: {len(prompt)} tokens leave no room to answer within the model's limit of {model.max_model_len} tokens",
+            field,
+        )
     foreign = next((token for token in prompt if not 0 <= token < model.vocab_size), None)
     if foreign is not None:
-        raise InvalidRequest(f"prompt: token {foreign} is outside the vocabulary of {model.vocab_size} tokens", "prompt")
+        message = f"{field}: token {shown(foreign)} is outside the vocabulary of {model.vocab_size} tokens"
+        raise InvalidRequest(message, field)
 
 
 def _max_tokens(parameters: Parameters, model: ModelInfo, capacity: int | None) -> int:
@@ -109,15 +140,16 @@ def _max_tokens(parameters: Parameters, model: ModelInfo, capacity: int | None) 
         limit, what = capacity, f"the {capacity} tokens that a worker's KV pool can hold"
     prompt = len(parameters.prompt)
     if prompt >= limit:
-        raise InvalidRequest(f"prompt: {prompt} tokens leave no room to answer within {what}", "prompt")
+        own = parameters.prompt_field
+        raise InvalidRequest(f"{own}: {prompt} tokens leave no room to answer within {what}", own)
     if parameters.max_tokens is None:
         return min(_or(parameters.default_max_tokens, limit), limit - prompt)
     field = parameters.max_tokens_field
     if parameters.max_tokens < 1:
-        raise InvalidRequest(f"{field}: it must be at least 1, not {parameters.max_tokens}", field)
+        raise InvalidRequest(f"{field}: it must be at least 1, not {shown(parameters.max_tokens)}", field)
     if prompt + parameters.max_tokens > limit:
         raise InvalidRequest(
-            f"{field}: {prompt} prompt tokens and {parameters.max_tokens} {field} exceed {what}; "
+            f"{field}: {prompt} prompt tokens and {shown(parameters.max_tokens)} {field} exceed {what}; "
             f"at most {limit - prompt} can be asked for",
             field,
         )
@@ -134,6 +166,9 @@ def _check_sampling(parameters: Parameters, model: ModelInfo, max_tokens: int) -
     _in_range("min_tokens", parameters.min_tokens, 0, max_tokens)
     _in_range("logprobs", parameters.logprobs, 0, MAX_LOGPROBS)
     _in_range("n", parameters.n, 1, MAX_N)
+    count = len(parameters.stop_token_ids)
+    if count > MAX_STOP_TOKENS:
+        raise InvalidRequest(f"stop_token_ids: at most {MAX_STOP_TOKENS} are allowed, not {count}", "stop_token_ids")
     for token in parameters.stop_token_ids:
         _in_range("stop_token_ids", token, 0, model.vocab_size - 1)
 
@@ -148,6 +183,9 @@ def _check_stops(stops: tuple[str, ...]) -> None:
 
 def _check_dealing(parameters: Parameters) -> None:
     _in_range("priority", parameters.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    for field, name in (("request_id", parameters.client_id), (parameters.tenant_field, parameters.tenant)):
+        if len(name) > MAX_NAME_LENGTH:
+            raise InvalidRequest(f"{field}: at most {MAX_NAME_LENGTH} characters are allowed, not {len(name)}", field)
     slo = parameters.slo
     if slo is not None and not (slo.ttft > 0 and slo.tpot > 0):
         raise InvalidRequest(f"slo: objectives are more than 0 seconds, not ttft {slo.ttft} and tpot {slo.tpot}", "slo")
@@ -156,8 +194,8 @@ def _check_dealing(parameters: Parameters) -> None:
 
 
 def _in_range(field: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not (math.isfinite(value) and low <= value <= high):
-        raise InvalidRequest(f"{field}: it must be from {low} to {high}, not {value}", field)
+    if value is not None and not low <= value <= high:  # also when it is NaN
+        raise InvalidRequest(f"{field}: it must be from {low} to {high}, not {shown(value)}", field)
 
 
 def _or(value: _T | None, default: _T) -> _T:

@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 
 from ..client.client import AsyncClient
+from ..core.errors import BatonError, Unavailable
 from ..proto import inference_pb2 as pb
 from .driver import Exchange, RequestFailed
 from .prompts import PromptSource
@@ -28,9 +29,12 @@ class ServedModel:
 
 
 async def ask_model(address: str) -> ServedModel:
-    """The model behind a router. Raises Unavailable when nobody answers there."""
-    async with AsyncClient(address) as client:
-        model, load = await client.model(), await client.load()
+    """The model behind a router. Raises Unavailable when no router answers there."""
+    try:
+        async with AsyncClient(address) as client:
+            model, load = await client.model(), await client.load()
+    except BatonError as error:
+        raise Unavailable(f"no Baton router answers at {address} (`baton status` shows where one does): {error}") from error
     return ServedModel(model.name, model.max_model_len, model.vocab_size, len(load.workers))
 
 

@@ -16,12 +16,13 @@ MAX_LIFELINES = 300
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure: `legend` is pairs of a colour class and its meaning."""
+    """One figure: `legend` is pairs of a colour class and its meaning; a `wide` one takes the page's whole width."""
 
     title: str
     note: str
     svg: str
     legend: tuple[tuple[str, str], ...] = ()
+    wide: bool = False
 
 
 def figures(result: LoadResult, slo: Slo) -> list[Figure]:
@@ -55,7 +56,7 @@ def _first_tokens(records: Sequence[RequestRecord], slo: Slo, duration: float) -
             plot.cross(record.offered, "failed", _tip(record))
     plot.rule_across(slo.ttft * factor, f"objective {_seconds(slo.ttft)}")
     note = "One dot per request, at the moment it was offered."
-    return Figure("Time to first token", note, plot.svg("TTFT over time"), _legend(records, slo))
+    return Figure("Time to first token", note, plot.svg("TTFT over time"), _legend(records, slo), wide=True)
 
 
 def _spread(short: str, long: str, values: Sequence[float], objective: float) -> Figure:
@@ -83,7 +84,7 @@ def _spread(short: str, long: str, values: Sequence[float], objective: float) ->
 
 
 def _progress(records: Sequence[RequestRecord], duration: float) -> Figure:
-    plot = Plot(_time_scale(duration), Scale(0.0, len(records) * 1.04), "seconds into the run", "requests so far")
+    plot = Plot(_time_scale(duration), Scale(0.0, len(records) * 1.04), "seconds into the run", "requests so far", WIDE)
     rows = (
         ("faint", "offered", [record.offered for record in records]),
         ("second", "first token", [record.chunk_times[0] for record in records if record.chunk_times]),
@@ -93,15 +94,15 @@ def _progress(records: Sequence[RequestRecord], duration: float) -> Figure:
         plot.steps(sorted(moments), name, len(moments))
     note = "Between the lines are the requests that wait for a first token, and those that decode."
     legend = tuple((name, meaning) for name, meaning, _ in rows)
-    return Figure("Arrivals and completions", note, plot.svg("arrivals and completions over time"), legend)
+    return Figure("Arrivals and completions", note, plot.svg("arrivals and completions over time"), legend, wide=True)
 
 
 def _lifelines(records: Sequence[RequestRecord], duration: float, slo: Slo) -> Figure:
     stride = -(-len(records) // MAX_LIFELINES)
     shown = records[::stride]
-    plot = Plot(
-        _time_scale(duration), Scale(-float(len(shown)), 0.0), "seconds into the run", "in order of arrival", y_ticks=False
-    )
+    height = min(max(180, 60 + 5 * len(shown)), 760)  # a row must be seen, and the whole fit on a screen
+    rows = Scale(-float(len(shown)), 0.0)
+    plot = Plot(_time_scale(duration), rows, "seconds into the run", "in order of arrival", WIDE, height, y_ticks=False)
     for row, record in enumerate(shown):
         low, high = -row - 0.9, -row - 0.1
         end = duration if record.end is None else record.end
@@ -114,7 +115,8 @@ def _lifelines(records: Sequence[RequestRecord], duration: float, slo: Slo) -> F
         plot.bar(first, end, low, high, "met" if met(record, slo) else "missed", tip)
     title = "Every request" if stride == 1 else f"One request in {stride}"
     legend = (("waiting", "until the first token"), *_legend(shown, slo))
-    return Figure(title, "From the moment it was offered to its last token.", plot.svg("life of every request"), legend)
+    note = "From the moment it was offered to its last token."
+    return Figure(title, note, plot.svg("life of every request"), legend, wide=True)
 
 
 def _legend(records: Sequence[RequestRecord], slo: Slo) -> tuple[tuple[str, str], ...]:

@@ -121,7 +121,7 @@ def bench(
     seed: Annotated[int, typer.Option(min=0, help="Of arrivals, lengths and prompts.", rich_help_panel=_LOAD)] = 0,
     warmup: Annotated[int, typer.Option(min=0, help="Requests before the run that do not count.", rich_help_panel=_LOAD)] = 1,
     request_timeout: Annotated[
-        float, typer.Option(help="Seconds after which a request is given up.", rich_help_panel=_LOAD)
+        float, typer.Option(min=0.001, help="Seconds after which a request is given up.", rich_help_panel=_LOAD)
     ] = 600.0,
     trace: Annotated[Path | None, typer.Option(help="Replay this file.", rich_help_panel=_TRACE)] = None,
     trace_format: Annotated[
@@ -138,10 +138,10 @@ def bench(
         int | None, typer.Option(min=1, help="Cut longer answers of the trace.", rich_help_panel=_TRACE)
     ] = None,
     slo_ttft: Annotated[
-        float, typer.Option(help="Objective for the time to first token, seconds.", rich_help_panel=_REPORT)
+        float, typer.Option(min=0.0, help="Objective for the time to first token, seconds.", rich_help_panel=_REPORT)
     ] = Slo().ttft,
     slo_tpot: Annotated[
-        float, typer.Option(help="Objective for the time per output token, seconds.", rich_help_panel=_REPORT)
+        float, typer.Option(min=0.0, help="Objective for the time per output token, seconds.", rich_help_panel=_REPORT)
     ] = Slo().tpot,
     slo_attainment: Annotated[
         float,

@@ -25,7 +25,7 @@ from ..bench.report import Fact, Settings, write_html
 from ..bench.scrape import read_handoffs
 from ..bench.workload import parse_length, poisson_workload
 from ..client.client import AsyncClient
-from ..core.errors import Unavailable
+from ..core.errors import InvalidRequest, Unavailable
 from ..core.topology import Topology
 from ..deploy.checks import check_topology
 from ..deploy.cluster import running_cluster
@@ -34,7 +34,8 @@ from ..deploy.state import ClusterRecord, claim, log_folder
 from . import screen
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-INPUT_LENGTH, OUTPUT_LENGTH = "uniform:64,512", "uniform:32,192"
+MAX_INPUT, MAX_OUTPUT = 512, 192
+"""Tokens of the longest prompts and answers of the workload, where the model takes so many."""
 ANSWER_TOKENS = 80
 BASELINE_PATIENCE = 5.0
 """Seconds within which an idle cluster must hold every block it held before."""
@@ -65,8 +66,8 @@ class Faces:
 def demo(
     topology: Annotated[Path, typer.Argument(help="The cluster to start.")] = EXAMPLES / "local.yaml",
     prompts: Annotated[Path, typer.Option(help="Questions to answer, one a line.")] = EXAMPLES / "demo_prompts.txt",
-    seconds: Annotated[float, typer.Option(help="Length of the replayed workload.")] = 30.0,
-    rate: Annotated[float, typer.Option(help="Its requests per second.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of the replayed workload.")] = 30.0,
+    rate: Annotated[float, typer.Option(min=0.01, help="Its requests per second.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the workload.")] = 0,
     html: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("out/demo.html"),
 ) -> None:
@@ -91,7 +92,9 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
     try:
         return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except OSError as error:
-        raise Unavailable(f"{path}: cannot read the prompts: {error.strerror}") from None
+        raise InvalidRequest(f"--prompts: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"--prompts: {path} is not text; needed: questions in UTF-8, one a line") from None
 
 
 def _read_topology(path: Path) -> TopologyFile:
@@ -118,7 +121,7 @@ async def _until_signal(work: Coroutine[object, object, _T]) -> _T:
 async def _show(console: Console, topology: Topology, options: DemoOptions) -> bool:
     pools = ", ".join(f"{pool.replicas} {pool.role} worker{'s' * (pool.replicas > 1)}" for pool in topology.pools)
     name = topology.model.served_name
-    console.print(f"[bold]Baton demo[/]: {pools} and a router, started by {topology.launcher}; model {name}")
+    console.print(f"[bold]Baton demo[/]: {pools} and a router, started by {topology.launcher}; model {name}", soft_wrap=True)
     record = ClusterRecord(topology.cluster, os.getpid(), topology.launcher, "starting", str(log_folder(topology.cluster)))
     began = time.monotonic()
     with claim(record) as held:
@@ -128,7 +131,7 @@ async def _show(console: Console, topology: Topology, options: DemoOptions) -> b
                 status = await cluster.wait_ready(lambda now: line.update(f"starting: waiting for {escape(now.waiting_for)}"))
             held.write(replace(held.record, status="ready", grpc=status.grpc, http=status.http))
             took = time.monotonic() - began
-            console.print(f"ready after {took:.0f} s: gRPC {status.grpc}, HTTP http://{status.http}")
+            console.print(f"ready after {took:.0f} s: gRPC {status.grpc}, HTTP http://{status.http}", soft_wrap=True)
             async with AsyncClient(status.grpc) as client:
                 baseline = await _known_blocks(client)
                 for prompt in options.prompts:
@@ -150,15 +153,16 @@ async def _answer(console: Console, client: AsyncClient, prompt: str) -> None:
 async def _replay(console: Console, topology: Topology, options: DemoOptions, faces: Faces) -> bool:
     """Offer the workload, print the table and write the report; whether everything went as it should."""
     served = await ask_model(faces.grpc)
+    input_length, output_length = workload_lengths(served.max_model_len)
     workload = poisson_workload(
         options.rate,
-        parse_length(INPUT_LENGTH, "input"),
-        parse_length(OUTPUT_LENGTH, "output"),
+        parse_length(input_length, "input"),
+        parse_length(output_length, "output"),
         duration=options.seconds,
         seed=options.seed,
     )
-    shape = f"tokens in {INPUT_LENGTH}, tokens out {OUTPUT_LENGTH}"
-    console.print(f"\n{len(workload)} requests in {options.seconds:g} s, {shape}")
+    shape = f"tokens in {input_length}, tokens out {output_length}"
+    console.print(f"\n{len(workload)} requests in {options.seconds:g} s, {shape}", soft_wrap=True)
     target = GrpcTarget(faces.grpc, served.name, PromptSource(options.seed, served.vocab_size))
     try:
         with LiveProgress(console, len(workload)) as live:
@@ -171,14 +175,24 @@ async def _replay(console: Console, topology: Topology, options: DemoOptions, fa
     print_summary(console, summary, topology.slo, facts)
     settings: Settings = {
         "workload": f"Poisson, {options.rate:g} requests/s",
-        "input length": INPUT_LENGTH,
-        "output length": OUTPUT_LENGTH,
+        "input length": input_length,
+        "output length": output_length,
         "seed": options.seed,
         "launcher": topology.launcher,
     }
     write_html(options.html, result, summary, topology.slo, settings, title="Baton demo", facts=facts)
-    console.print(f"report with plots: {options.html}")
+    console.print(f"report with plots: {options.html}", soft_wrap=True)
     return whole and not summary.num_failed
+
+
+def workload_lengths(max_model_len: int) -> tuple[str, str]:
+    """Of prompts and answers, such that the longest of both fit into the model together."""
+    longest_input = max(1, min(MAX_INPUT, max_model_len * 5 // 8))
+    longest_output = max(1, min(MAX_OUTPUT, max_model_len * 2 // 8))
+    return (
+        f"uniform:{max(1, longest_input // 8)},{longest_input}",
+        f"uniform:{max(1, longest_output // 6)},{longest_output}",
+    )
 
 
 async def _handoff_fact(http: str) -> str:

@@ -36,8 +36,10 @@ def down(
             record = elsewhere
         with err().status(f"ending {record.cluster}"):
             if record.ray_address is not None and record.pid == 0:
-                asyncio.run(end_on_ray(record.cluster, record.ray_address, record.controller))
-                forget(record.cluster)
+                try:
+                    asyncio.run(end_on_ray(record.cluster, record.ray_address, record.controller))
+                finally:  # also when that Ray is gone: nothing else would ever remove the record
+                    forget(record.cluster)
             else:
                 _end_process(record)
     err().print(f"{record.cluster} has ended")

@@ -1,31 +1,61 @@
-"""The `baton` command: one file per verb, put together here and nowhere else."""
+"""The `baton` command: one file per verb, put together here and nowhere else.
+
+A verb's module is imported when the verb is used: most verbs need a fraction of what all of them together import.
+"""
 
 from __future__ import annotations
 
-import typer
+import importlib
 
-from .bench import bench
-from .chat import chat
-from .demo import demo
-from .down import down
-from .make_model import make_model
-from .status import status
-from .up import up
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+_VERBS = {
+    "up": ("up", "up"),
+    "down": ("down", "down"),
+    "status": ("status", "status"),
+    "chat": ("chat", "chat"),
+    "bench": ("bench", "bench"),
+    "demo": ("demo", "demo"),
+    "make-model": ("make_model", "make_model"),
+}
+"""The verbs in the order in which --help shows them, each with its module and function."""
+
+
+class _Verbs(TyperGroup):
+    """Knows the verbs by name, and imports the one that is asked for."""
+
+    def get_command(self, ctx: object, cmd_name: str) -> TyperCommand | None:
+        if cmd_name not in _VERBS:
+            return None
+        module, function = _VERBS[cmd_name]
+        verb = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        verb.command(cmd_name)(getattr(importlib.import_module(f".{module}", __package__), function))
+        command = typer.main.get_command(verb)
+        assert isinstance(command, TyperCommand)  # one function makes a command, several a group
+        return command
+
 
 app = typer.Typer(
     name="baton",
-    help="Serve a language model with prefill and decode on separate worker pools.",
+    cls=_Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(up)
-app.command()(down)
-app.command()(status)
-app.command()(chat)
-app.command()(bench)
-app.command()(demo)
-app.command("make-model")(make_model)
+
+
+@app.callback()
+def baton() -> None:
+    """Serve a language model with prefill and decode on separate worker pools."""
+
+
+def _not_imported() -> None:
+    """In the place of every verb until `_Verbs` puts the real one there."""
+
+
+for _verb in _VERBS:
+    app.command(_verb)(_not_imported)
 
 if __name__ == "__main__":
     app()

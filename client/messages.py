@@ -55,6 +55,7 @@ class GenerateOptions(TypedDict, total=False):
 
 def request_to(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
     """`prompt` is a text, token ids, or chat messages (`{"role": ..., "content": ...}`). Raises InvalidRequest."""
+    _check_options(options)
     stop = options.get("stop", ())
     try:
         message = pb.GenerateRequest(
@@ -67,7 +68,7 @@ def request_to(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
             priority=options.get("priority", 0),
         )
         _set_prompt(message, prompt)
-    except (ValueError, TypeError) as error:  # out of the wire type's range
+    except (ValueError, TypeError) as error:  # another type, or out of the wire type's range
         raise InvalidRequest(f"the request cannot be written: {error}") from error
     if "slo" in options:
         message.slo.ttft, message.slo.tpot = options["slo"].ttft, options["slo"].tpot
@@ -135,6 +136,8 @@ def error_from(error: grpc.RpcError, address: str) -> BatonError:
         case grpc.StatusCode.NOT_FOUND:
             return ModelNotFound(message)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            if "larger than max" in message:  # gRPC's own limit on the size of a message: a retry cannot help
+                return InvalidRequest(f"{address}: {message}")
             return Overloaded(message, float(metadata.get("retry-after-ms", "1000")) / 1000)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(message)
@@ -143,6 +146,18 @@ def error_from(error: grpc.RpcError, address: str) -> BatonError:
         case grpc.StatusCode.UNAVAILABLE:
             return Unavailable(f"{address}: {message}")
     return InternalError(message)
+
+
+def _check_options(options: GenerateOptions) -> None:
+    """A misspelt option must not be ignored, and 0 sequences must not become the wire's default of 1."""
+    unknown = next((name for name in options if name not in GenerateOptions.__annotations__), None)
+    if unknown is not None:
+        allowed = ", ".join(GenerateOptions.__annotations__)
+        raise InvalidRequest(f"{unknown}: there is no such option; there are {allowed}", unknown)
+    if options.get("n") == 0:
+        raise InvalidRequest("n: it must be at least 1, not 0", "n")
+    if "slo" in options and not isinstance(options["slo"], Slo):
+        raise InvalidRequest(f"slo: give a baton.core.slo.Slo, not {options['slo']!r}", "slo")
 
 
 def _set_prompt(message: pb.GenerateRequest, prompt: Prompt) -> None:

@@ -53,7 +53,7 @@ class SamplingParams:
     sequence_index  which of the n sequences of the request this is (part of the generator's key)
     max_tokens   sampled tokens at most (>= 1)
     min_tokens   stop tokens are banned before this many tokens were sampled
-    stop_token_ids  end the sequence; the token is part of the output, its text is not. The router puts the
+    stop_token_ids  end the sequence; the token is part of the output, its text is not. The faces put the
                  model's EOS ids here unless the client asked to ignore them
     logprobs     None, or how many of the likeliest alternatives to report with the sampled token (0..20)
     """

@@ -28,6 +28,7 @@ class ModelSpec:
 class PoolSpec:
     """One pool of equal workers.
 
+    accelerator      `cpu`, or the name of a GPU in the hardware catalogue
     max_step_tokens  token budget of a step (chunked prefill)
     max_num_seqs     sequences in one step at most
     kv_memory_bytes  size of the KV pool per rank
@@ -63,7 +64,7 @@ class KvTransferSpec:
 class RouterSpec:
     """grpc and http are host:port, port 0 means any free port.
 
-    max_queue             admission `queue_length`: requests in flight or waiting at most
+    max_queue             admission `queue_length` and `slo`: requests in flight or waiting at most; each of n sequences counts
     local_prefill_tokens  prompts up to this length are prefilled on the decode worker
     request_timeout       seconds after which a request without a deadline of its own is given up
     seed                  of the router's random draws; None draws one

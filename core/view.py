@@ -68,6 +68,7 @@ class ClusterView:
     sequence_number  grows by one with every routing decision (round robin counts with it)
     draw             a seeded random number in [0, 1) for this decision
     num_pending      requests that wait for a worker to exist
+    num_active       requests that have not ended, those included; each of n sequences counts
     """
 
     now: float

@@ -22,7 +22,7 @@ from .yaml_marks import Marks
 def check_topology(file: TopologyFile) -> None:
     """Raise TopologyError when `file` cannot be deployed from this host, saying everything that stands in the way."""
     topology, marks = file.topology, file.marks
-    problems = _parallel_problems(topology, marks)
+    problems = _unsupported(topology, marks)
     model = _model_config(topology, marks, problems)
     if model is not None:
         problems += _size_problems(topology, marks, model)
@@ -33,8 +33,12 @@ def check_topology(file: TopologyFile) -> None:
         raise TopologyError("\n".join(problems))
 
 
-def _parallel_problems(topology: Topology, marks: Marks) -> list[str]:
+def _unsupported(topology: Topology, marks: Marks) -> list[str]:
     return [
+        f"{marks.at(('pools', pool.role.value, 'accelerator'))}: {pool.accelerator!r} is not supported yet; use cpu"
+        for pool in topology.pools
+        if pool.accelerator != "cpu"
+    ] + [
         f"{marks.at(('pools', pool.role.value, key))}: {degree} is not supported yet; use 1, and more replicas instead"
         for pool in topology.pools
         for key, degree in (("tensor_parallel", pool.tensor_parallel), ("pipeline_parallel", pool.pipeline_parallel))

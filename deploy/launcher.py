@@ -6,6 +6,7 @@ to somebody's memory. `Exit.confirmed` is True only when the process is known to
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,7 +77,7 @@ class Launcher(Protocol):
 
 
 def log_tail(spec: MemberSpec, num_lines: int = 12) -> str:
-    """The last lines of the member's log, or "" when there is none on this host."""
+    """The last lines of the member's log as a person reads them, each told once; "" when there is none on this host."""
     try:
         with open(spec.log_path, "rb") as log:
             size = log.seek(0, 2)
@@ -84,4 +85,14 @@ def log_tail(spec: MemberSpec, num_lines: int = 12) -> str:
             lines = log.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return ""
-    return "\n".join(line[:500] for line in lines[-num_lines:])
+    told = dict.fromkeys(_plain(line)[:1000] for line in lines[-num_lines:])
+    return "\n".join(told)
+
+
+def _plain(line: str) -> str:
+    """What a line of JSON says, without when and where; another line as it is."""
+    try:
+        record = json.loads(line)
+        return "\n".join(str(record[key]) for key in ("message", "exception") if key in record) or line
+    except (ValueError, TypeError):
+        return line

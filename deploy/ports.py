@@ -30,6 +30,15 @@ def why_taken(host: str, port: int) -> str:
         return f"port {port} on {host} is taken{owner}" if owner else f"cannot listen on {host}:{port}: {error.strerror}"
 
 
+def why_silent(host: str, port: int, patience: float = 5.0) -> str:
+    """ "" when somebody listens on host:port, else why not."""
+    try:
+        socket.create_connection((host, port), patience).close()
+    except OSError as error:
+        return error.strerror or str(error) or type(error).__name__
+    return ""
+
+
 def _owner(port: int) -> str:
     """ " by process N (name)" where that can be found out."""
     try:

@@ -6,11 +6,13 @@ Imported only where Ray is wanted.
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -21,21 +23,22 @@ from ..core.topology import Topology
 from ..proto import worker_pb2 as pb
 from ..proto import worker_pb2_grpc as rpc
 from .members import member_specs
-from .ports import free_port
+from .ports import free_port, why_silent
 from .process import WatchedProcess
 from .ray_controller import ControllerActorConfig, dump_specs, refuse_second, start_controller
 from .ray_launcher import NAMESPACE, place_cluster, remove_cluster
+from .schema import split_host_port
 from .supervisor import Backoff
 
 _OBJECT_STORE_BYTES = 80 << 20  # nothing goes through it; Ray wants at least 75 MiB
 _SHUTDOWN_PATIENCE = 15.0
+_FOLDER, _LOCK = "baton-ray-", "in-use"
 
 
 @asynccontextmanager
 async def local_ray_cluster(topology: Topology, logs: Path, backoff: Backoff) -> AsyncIterator[str]:
     """A cluster on a Ray of our own; yields the controller's address. On leaving, nothing of either is left."""
-    folder = tempfile.mkdtemp(prefix="baton-ray-", dir="/tmp")  # short: Ray puts sockets of limited path length there
-    try:
+    with ray_folder() as folder:
         _start_ray(topology, folder)
         try:
             address, pid = await start_on_ray(topology, logs, backoff, "127.0.0.1")
@@ -46,12 +49,43 @@ async def local_ray_cluster(topology: Topology, logs: Path, backoff: Backoff) ->
                 await wait_gone(pid)
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def ray_folder(parent: Path = Path("/tmp")) -> Iterator[str]:
+    """A folder for the files of a Ray of our own, gone on leaving. Removes those that killed processes left in `parent`.
+
+    A lock that ends with its process tells which folders are in use. `parent` is short, since Ray puts sockets, whose
+    paths are limited, into the folder.
+    """
+    for stale in parent.glob(f"{_FOLDER}*/{_LOCK}"):
+        with suppress(OSError), _locked(stale, os.O_RDWR):  # in use, or somebody else's
+            shutil.rmtree(stale.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=parent))
+    try:
+        with _locked(folder / _LOCK, os.O_RDWR | os.O_CREAT):
+            yield str(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def _locked(path: Path, flags: int) -> Iterator[None]:
+    """Hold the file's lock. Raises BlockingIOError when another process does."""
+    lock = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
+
+
 def connect(address: str) -> None:
     """Connect to a running Ray. Raises Unavailable when there is none at `address`."""
+    with suppress(ValueError):  # `auto`
+        silent = why_silent(*split_host_port(address))  # Ray itself would try for minutes, and warn of it all the time
+        if silent:
+            raise Unavailable(f"no Ray cluster at {address} (ray.address): {silent}")
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -42,8 +42,14 @@ def read_topology_file(path: Path) -> TopologyFile:
     """As `load_topology`, keeping the line of every key. Raises TopologyError with every problem of the file."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TopologyError(f"{path}: cannot read this topology file: {error}") from error
+    except FileNotFoundError:
+        raise TopologyError(f"{path}: there is no such file; needed: a topology file, such as examples/local.yaml") from None
+    except IsADirectoryError:
+        raise TopologyError(f"{path}: this is a folder; needed: a topology file, such as examples/local.yaml") from None
+    except UnicodeDecodeError:
+        raise TopologyError(f"{path}: this is not text; needed: a topology file, YAML in UTF-8") from None
+    except OSError as error:
+        raise TopologyError(f"{path}: cannot read this topology file: {error.strerror}") from None
     return parse_topology(text, str(path), path.resolve().parent)
 
 
@@ -216,7 +222,14 @@ def _explain(details: ErrorDetails, document: Document) -> str:
         return f"{marks.at(path)}: unknown key; {hint}allowed here: {', '.join(known)}"
     if details["type"] == "missing":
         return f"{marks.at(path)}: missing; needed: {allowed}"
-    return f"{marks.at(path)}: {_show(details['input'])} is not allowed; allowed: {allowed}"
+    quoted = details["type"] in ("int_type", "float_type", "bool_type") and _plain_number(details["input"])
+    hint = ", written without quotes" if quoted else ""
+    return f"{marks.at(path)}: {_show(details['input'])} is not allowed; allowed: {allowed}{hint}"
+
+
+def _plain_number(value: object) -> bool:
+    """Whether it is a number (or true, false) in quotes."""
+    return isinstance(value, str) and re.fullmatch(r"-?[0-9]+(\.[0-9]+)?|true|false", value.strip()) is not None
 
 
 def _lookup(path: KeyPath) -> tuple[type[BaseModel] | None, str]:

@@ -55,7 +55,8 @@ def read_document(text: str, file: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{file}:{mark.line + 1}" if mark else file
-        raise TopologyError(f"{where}: this is not YAML: {error.problem or error}") from error
+        hint = "; indent with spaces, not with tabs" if "'\\t'" in str(error.problem) else ""
+        raise TopologyError(f"{where}: this is not YAML: {error.problem or error}{hint}") from error
     except yaml.YAMLError as error:
         raise TopologyError(f"{file}: this is not YAML: {error}") from error
     finally:

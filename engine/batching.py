@@ -98,26 +98,41 @@ class Batcher:
             num_tokens = min(sequence.num_remaining, batch.budget)
             if sequence.phase is Phase.RUNNING and self._make_room(sequence, num_tokens):
                 batch.add(sequence, num_tokens)
-        while not batch.full and (head := self._phases.waiting.first) is not None and self._start(head):
-            batch.add(head, min(head.num_remaining, batch.budget))
+        while not batch.full and (started := self._start_next()) is not None:
+            batch.add(started, min(started.num_remaining, batch.budget))
 
     # ---- blocks --------------------------------------------------------------------------------
 
+    def _start_next(self) -> SequenceState | None:
+        """Start the head of the queue. When it does not fit it waits, and all behind it do, but for the one overtaken first."""
+        head, oldest = self._phases.waiting.first, self._phases.waiting_to_leave.first
+        if head is None or len(self._phases.running) >= self._max_running:
+            return None
+        if self._start(head):
+            return head
+        if oldest is None or oldest is head or not (oldest.overtaken or self._phases.waiting_before(head)):
+            return None
+        return oldest if self._start(oldest) else None
+
     def _start(self, head: SequenceState) -> bool:
-        """Give the head of the queue blocks for all its known tokens. If they are missing it waits, and all behind it do."""
-        if len(self._phases.running) >= self._max_running:
-            return False
+        """Give a waiting sequence blocks for all its known tokens, if there are enough."""
+        overtaken = self._phases.waiting_before(head)
         pool = self._pool
         # At least one token must be left to compute: its logits are what is sampled from.
         hits = pool.lookup_hashes(head.hashes((len(head.tokens) - 1) // pool.block_size)) if self._prefix_cache else ()
         missing = pool.num_blocks_for(len(head.tokens)) - len(hits)
         # The last sequences of a pool need no reserve for others: without this rule a long one might never start.
         reserve = self._reserve if len(self._phases.running) else 0
+        # Decode workers grant in the order in which sequences came, and the blocks of a sequence to be handed over stay
+        # here until its turn: it must leave room for those that it overtakes, or they and it would wait for each other.
+        reserve = max([reserve, *(pool.num_blocks_for(len(other.tokens)) for other in overtaken)])
         fresh = pool.allocate(missing) if missing + reserve <= pool.num_free else None
         if fresh is None:
             pool.release(hits)
             return False
         self._phases.start(head, hits + fresh)
+        for other in overtaken:
+            other.overtaken = True
         head.num_computed = head.num_planned = len(hits) * pool.block_size
         head.num_published = len(hits)
         if head.first_scheduled is None:

@@ -18,6 +18,7 @@ from .executor import Executor
 from .scheduler import Scheduler
 from .timing import StepTimes
 
+MAX_FAILURES = 10  # steps that fail in a row before the device counts as broken; more than one bad request gets attempts
 PLAN_AHEAD_BELOW = 0.004  # seconds: shorter steps are planned ahead, since the host's work would show between them
 
 logger = logging.getLogger("baton.engine")
@@ -49,6 +50,8 @@ class EngineLoop:
         self._in_flight: deque[tuple[StepPlan, Future[StepOutput]]] = deque()
         self._wake = asyncio.Event()
         self._last_step = 0
+        self._num_failures = 0
+        self._failed_through = 0  # plans up to this step were made before the last failure was known
 
     @property
     def step(self) -> int:
@@ -71,7 +74,7 @@ class EngineLoop:
         self._wake.set()
 
     async def run(self) -> None:
-        """Run until cancelled."""
+        """Run until cancelled. Raises what the executor raised when it fails step after step: a new process may do better."""
         while True:
             if self._submit_next():
                 continue
@@ -86,10 +89,11 @@ class EngineLoop:
         if len(self._in_flight) >= depth:
             return False
         plan = self._scheduler.plan(self._clock.now())
-        if events := self._scheduler.take_events():
+        events = self._scheduler.take_events()
+        if events:
             self._on_events(self._last_step, events)
         if plan is None:
-            return False
+            return bool(events)  # what was preempted has left blocks for others
         self._last_step = plan.step
         self._in_flight.append((plan, self._executor.submit(plan)))
         return True
@@ -103,7 +107,13 @@ class EngineLoop:
             logger.exception("step %d failed", plan.step)
             self._scheduler.fail(plan)
             self._on_failed(plan, error)
+            if plan.step > self._failed_through:  # else it may have failed because the plan before it did
+                self._num_failures += 1
+            self._failed_through = self._last_step
+            if self._num_failures >= MAX_FAILURES:
+                raise
             return
+        self._num_failures = 0
         self._in_flight.popleft()
         self.times.observe(plan, output.seconds)
         self._on_events(plan.step, self._scheduler.commit(plan, output, self._clock.now()))

@@ -6,6 +6,8 @@ sequence that ends or is preempted while plans are in flight keeps its blocks un
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from ..core.errors import InternalError
 from ..core.request import Attempt
 from ..core.step import PreemptedEvent
@@ -17,12 +19,14 @@ class Phases:
     """Every sequence of one scheduler. Every method is one transition.
 
     waiting          in the order of the ordering policy
+    waiting_to_leave those of them that are to be handed over, in the order in which they came
     running          from the one served first to the one preempted first
     draining_blocks  blocks that become free (or lose a reference) as plans commit
     """
 
     def __init__(self, pool: BlockPool, return_preempted: bool) -> None:
         self.waiting = SortedSequences(lambda sequence: sequence.queue_key)
+        self.waiting_to_leave = SortedSequences(lambda sequence: sequence.queue_key[-1:])
         self.running = SortedSequences(lambda sequence: sequence.age_key)
         self.num_held = 0
         self.draining_blocks = 0
@@ -39,7 +43,13 @@ class Phases:
     def wait(self, sequence: SequenceState) -> None:
         """A new sequence joins the queue."""
         self._take_in(sequence)
-        self.waiting.insert(sequence)
+        self._enqueue(sequence)
+
+    def waiting_before(self, sequence: SequenceState) -> list[SequenceState]:
+        """Waiting sequences to be handed over that came before `sequence`, which is to be handed over too (else: none)."""
+        if not sequence.spec.hand_over or self.waiting_to_leave.first is sequence:
+            return []
+        return list(takewhile(lambda other: other is not sequence, self.waiting_to_leave))
 
     def adopt(self, sequence: SequenceState) -> None:
         """A new sequence comes with its blocks."""
@@ -49,7 +59,7 @@ class Phases:
 
     def start(self, sequence: SequenceState, blocks: tuple[int, ...]) -> None:
         """A waiting sequence gets its blocks."""
-        self.waiting.remove(sequence)
+        self._dequeue(sequence)
         sequence.blocks = blocks
         sequence.phase = Phase.RUNNING
         self.running.insert(sequence)
@@ -73,7 +83,7 @@ class Phases:
         """A sequence of any phase leaves for good."""
         match sequence.phase:
             case Phase.WAITING:
-                self.waiting.remove(sequence)
+                self._dequeue(sequence)
             case Phase.RUNNING:
                 self.running.remove(sequence)
             case Phase.HELD:
@@ -137,5 +147,15 @@ class Phases:
             del self._sequences[sequence.attempt]
             return PreemptedEvent(sequence.attempt)
         sequence.phase = Phase.WAITING
-        self.waiting.insert(sequence)
+        self._enqueue(sequence)
         return None
+
+    def _enqueue(self, sequence: SequenceState) -> None:
+        self.waiting.insert(sequence)
+        if sequence.spec.hand_over:
+            self.waiting_to_leave.insert(sequence)
+
+    def _dequeue(self, sequence: SequenceState) -> None:
+        self.waiting.remove(sequence)
+        if sequence.spec.hand_over:
+            self.waiting_to_leave.remove(sequence)

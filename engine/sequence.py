@@ -52,7 +52,8 @@ class SequenceState:
 
     limit             total number of tokens at which the sequence ends by length
     age_key           least first: who is served first, and last in line to be preempted
-    queue_key         least first: place in the waiting queue
+    queue_key         least first: place in the waiting queue; its last part numbers the sequences as they came
+    overtaken         a younger sequence to be handed over has started before this one
     tokens            prompt and output so far, without placeholders
     num_computed      KV of tokens [0, num_computed) is in the cache
     num_planned       the same, once every uncommitted plan has run
@@ -70,6 +71,7 @@ class SequenceState:
     tokens: list[int]
     added: float
     phase: Phase = Phase.WAITING
+    overtaken: bool = False
     blocks: tuple[int, ...] = ()
     num_computed: int = 0
     num_planned: int = 0

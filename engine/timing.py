@@ -1,26 +1,39 @@
-"""How long steps take, learnt from the steps that ran. Feeds heartbeats, stage deadlines and admission."""
+"""How long steps take, learnt from the steps that ran. Feeds heartbeats, stage deadlines and admission.
+
+A step that prefills is taken to cost a fixed part, which every step pays and a decode step measures, and a part that
+grows with its tokens. Samples count by their tokens: many tiny prompts say little about a long one.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
 from ..core.step import StepPlan
 
 FIRST_GUESS = 30.0  # seconds allowed to a step of a kind that was never seen: first steps compile and page in
-DECAY = 0.2  # weight of the newest sample in the moving averages
+DECAY = 0.2  # weight of the newest decode step in the moving average
+MEMORY_TOKENS = 4096  # prefilled tokens after which an older sample weighs 1/e
+LEAST_SHARE = 0.1  # of a prefill step's seconds that is put down to its tokens, however large the fixed part seems
 
 
 @dataclass(slots=True)
 class StepTimes:
-    """Moving averages over committed steps.
+    """What committed steps have taught.
 
-    prefill_rate  tokens per second of steps that prefilled; 0 until one ran
-    decode_step   seconds of steps that only decoded; 0 until one ran
+    decode_step  seconds of steps that only decoded; 0 until one ran
+    last_step    seconds of the last step
     """
 
-    prefill_rate: float = 0.0
     decode_step: float = 0.0
-    last_step: float = field(default=0.0)
+    last_step: float = 0.0
+    _tokens: float = 0.0
+    _seconds: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens per second of prefill, beyond a step's fixed cost; 0 until a step prefilled."""
+        return self._tokens / self._seconds if self._seconds > 0.0 else 0.0
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """Learn from a committed step that kept the device busy for `seconds`."""
@@ -28,23 +41,20 @@ class StepTimes:
         if seconds <= 0:
             return
         if is_decode_only(plan):
-            self.decode_step = _blend(self.decode_step, seconds)
-        else:
-            self.prefill_rate = _blend(self.prefill_rate, plan.num_tokens / seconds)
+            self.decode_step += (DECAY if self.decode_step else 1.0) * (seconds - self.decode_step)
+            return
+        keep = math.exp(-plan.num_tokens / MEMORY_TOKENS)
+        self._tokens = keep * self._tokens + plan.num_tokens
+        self._seconds = keep * self._seconds + max(seconds - self.decode_step, LEAST_SHARE * seconds)
 
     def predict(self, plan: StepPlan) -> float:
         """Seconds that `plan` is expected to take; `FIRST_GUESS` when nothing like it was seen."""
         if is_decode_only(plan):
             return self.decode_step or FIRST_GUESS
-        if self.prefill_rate == 0.0:
-            return FIRST_GUESS
-        return max(self.decode_step, plan.num_tokens / self.prefill_rate)
+        rate = self.prefill_rate
+        return self.decode_step + plan.num_tokens / rate if rate > 0.0 else FIRST_GUESS
 
 
 def is_decode_only(plan: StepPlan) -> bool:
     """Whether every row feeds the one token that its sequence sampled last."""
     return all(row.num_tokens == 1 and row.output_index > 0 for row in plan.rows)
-
-
-def _blend(average: float, sample: float) -> float:
-    return sample if average == 0.0 else average + DECAY * (sample - average)

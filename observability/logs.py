@@ -18,6 +18,7 @@ from .records import RequestRecord, SequenceRecord
 JsonValue = str | int | float | bool | None | list["JsonValue"] | dict[str, "JsonValue"]
 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_GUESTS = ("uvicorn", "asyncio")  # libraries whose warnings would otherwise break the one-object-a-line format
 _request_logger = logging.getLogger("baton.request")
 
 
@@ -46,15 +47,19 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(component: str, level: str = "INFO", stream: TextIO | None = None) -> None:
-    """Send everything logged under `baton` to `stream` (stderr) as JSON. Calling it again replaces the settings."""
+    """Send what is logged under `baton`, and our libraries' warnings, to `stream` (stderr) as JSON.
+
+    Calling it again replaces the settings.
+    """
     if level.upper() not in _LEVELS:
         raise ValueError(f"log level {level!r} is not one of {', '.join(_LEVELS)}")
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(component))
-    logger = logging.getLogger("baton")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level.upper())
-    logger.propagate = False
+    for name, least in (("baton", level.upper()), *((name, "WARNING") for name in _GUESTS)):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(least)
+        logger.propagate = False
 
 
 def log_request(record: RequestRecord) -> None:

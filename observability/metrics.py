@@ -53,7 +53,11 @@ class Metrics:
             "baton_handoff_bytes", "KV bytes of one handoff.", handoff, buckets=_BYTES, registry=registry
         )
         self._handoff_seconds = Histogram(
-            "baton_handoff_seconds", "Time spent moving KV.", handoff, buckets=_SHORT, registry=registry
+            "baton_handoff_seconds",
+            "Wall time of the pushes, to their acknowledgement.",
+            handoff,
+            buckets=_SHORT,
+            registry=registry,
         )
         self._handoff_exposed = Histogram(
             "baton_handoff_exposed_seconds",
@@ -63,7 +67,7 @@ class Metrics:
             registry=registry,
         )
         self._active = Gauge("baton_requests_active", "Requests in the router.", registry=registry)
-        self._pending = Gauge("baton_requests_pending", "Sequences that no worker has yet.", registry=registry)
+        self._pending = Gauge("baton_requests_pending", "Sequences that were never placed on a worker.", registry=registry)
         self._ready = Gauge("baton_ready", "1 when the router serves.", registry=registry)
 
     def observe_cluster(
@@ -86,7 +90,7 @@ class Metrics:
         for sequence in record.sequences:
             self._cached_tokens.inc(sequence.cached_tokens)
             if sequence.stages.ttft is not None:
-                self._observe_sequence(sequence)
+                self._observe_sequence(sequence, sequence.stages.ttft)
 
     def tokens(self, place: Place, num_tokens: int, gap: float | None) -> None:
         """`num_tokens` tokens of one sequence arrived, `gap` seconds after the ones before (None: they are the first)."""
@@ -118,12 +122,11 @@ class Metrics:
         """The text exposition format."""
         return generate_latest(self.registry)
 
-    def _observe_sequence(self, record: SequenceRecord) -> None:
+    def _observe_sequence(self, record: SequenceRecord, ttft: float) -> None:
         stages = record.stages
         first = record.first or Place("", "")
         rest = record.rest or first
-        if stages.ttft is not None:
-            self._ttft.labels(first.pool, first.worker).observe(stages.ttft)
+        self._ttft.labels(first.pool, first.worker).observe(ttft)
         for name, seconds, place in (
             ("queue", stages.queue, first),
             ("prefill", stages.prefill, first),

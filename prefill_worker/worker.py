@@ -151,24 +151,33 @@ class PrefillWorker(WorkerCore):
                     self.fail(attempt, reason, retriable)
                     self.engine.scheduler.abort(attempt)
                 case ho.SendStop(attempt, ticket):
-                    transport = self._transport(ticket)
-                    self._start(transport.stop(self._endpoint.worker, attempt, ticket.endpoints[0]))
+                    self._start(self._stop(attempt, ticket))
 
     async def _push(self, action: ho.Push) -> None:
         """Run one push and give back the references it was started with."""
         ticket, note, blocks = action.ticket, action.note, action.source_blocks
         try:
             stats = await self._transfer(action)
-        except BatonError as error:
-            retriable = isinstance(error, TransferError)
-            outcome: ho.SenderEvent = ho.PushFailed(self.clock.now(), ticket.attempt, str(error), retriable)
+        except Exception as error:  # whatever it was: an attempt whose push has no end would keep its blocks for ever
+            if not isinstance(error, TransferError):
+                logger.exception("a push of %s failed", ticket.attempt)
+            retriable = isinstance(error, TransferError) or not isinstance(error, BatonError)
+            reason = str(error) or type(error).__name__
+            outcome: ho.SenderEvent = ho.PushFailed(self.clock.now(), ticket.attempt, reason, retriable)
         else:
-            self._sent.setdefault(ticket.attempt, []).append(stats)
+            if self._sender.is_open(ticket.attempt):
+                self._sent.setdefault(ticket.attempt, []).append(stats)
             outcome = ho.PushDone(self.clock.now(), ticket.attempt, note.first_block, note.num_blocks)
         finally:
             self.engine.blocks.release(blocks)
             self.loop.wake()  # somebody may wait for these blocks
         self._perform(self._sender.handle(outcome))
+
+    async def _stop(self, attempt: Attempt, ticket: Ticket) -> None:
+        try:
+            await self._transport(ticket).stop(self._endpoint.worker, attempt, ticket.endpoints[0])
+        except TransferError as error:  # then nothing was ever pushed there either
+            logger.warning("no stop of %s to %s: %s", attempt, ticket.target, error)
 
     async def _transfer(self, action: ho.Push) -> TransferStats:
         ticket, note = action.ticket, action.note

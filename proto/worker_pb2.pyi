@@ -53,18 +53,20 @@ class RouterHello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., router_epoch: _Optional[int] = ..., worker_epoch: _Optional[int] = ...) -> None: ...
 
 class SequenceSpec(_message.Message):
-    __slots__ = ("attempt", "prompt", "output", "sampling", "priority")
+    __slots__ = ("attempt", "prompt", "output", "sampling", "priority", "age")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    AGE_FIELD_NUMBER: _ClassVar[int]
     attempt: AttemptId
     prompt: _containers.RepeatedScalarFieldContainer[int]
     output: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingSpec
     priority: int
-    def __init__(self, attempt: _Optional[_Union[AttemptId, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ..., output: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingSpec, _Mapping]] = ..., priority: _Optional[int] = ...) -> None: ...
+    age: float
+    def __init__(self, attempt: _Optional[_Union[AttemptId, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ..., output: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingSpec, _Mapping]] = ..., priority: _Optional[int] = ..., age: _Optional[float] = ...) -> None: ...
 
 class SamplingSpec(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "seed", "sequence_index", "max_tokens", "min_tokens", "stop_token_ids", "logprobs")
@@ -175,13 +177,12 @@ class TokenBatch(_message.Message):
     def __init__(self, step: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceTokens, _Mapping]]] = ...) -> None: ...
 
 class SequenceTokens(_message.Message):
-    __slots__ = ("attempt", "position", "tokens", "logprobs", "finish", "queued", "computing", "cached_tokens")
+    __slots__ = ("attempt", "position", "tokens", "logprobs", "finish", "computing", "cached_tokens")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
-    QUEUED_FIELD_NUMBER: _ClassVar[int]
     COMPUTING_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     attempt: AttemptId
@@ -189,10 +190,9 @@ class SequenceTokens(_message.Message):
     tokens: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[SpecLogprob]
     finish: str
-    queued: float
     computing: float
     cached_tokens: int
-    def __init__(self, attempt: _Optional[_Union[AttemptId, _Mapping]] = ..., position: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[SpecLogprob, _Mapping]]] = ..., finish: _Optional[str] = ..., queued: _Optional[float] = ..., computing: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, attempt: _Optional[_Union[AttemptId, _Mapping]] = ..., position: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[SpecLogprob, _Mapping]]] = ..., finish: _Optional[str] = ..., computing: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class SpecLogprob(_message.Message):
     __slots__ = ("token", "logprob", "top_tokens", "top_logprobs")

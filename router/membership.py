@@ -21,7 +21,7 @@ from ..proto import worker_pb2 as pb
 from .events import Event, WorkerConfirmedDead, WorkerDraining, WorkerJoined, WorkerLost, WorkerReported
 from .health import HealthMonitor
 from .roster import ControllerLink
-from .wire import load_from, worker_from
+from .wire import load_from, worker_from, worker_to
 from .worker_client import WorkerClient
 
 HEALTH_INTERVAL = 0.5  # seconds
@@ -228,7 +228,9 @@ class Membership:
         if member is None:
             return
         self._spawn(member.client.close())
-        if member.joined:
+        if not member.joined:
+            self.kill(ref, reason)  # the lifecycle does not know it; ended, it comes back as a new life
+        else:
             logger.warning("worker %s is lost: %s", ref, reason)
             self._owner.post(WorkerLost(self._clock.now(), ref, reason))
             self._owner.worker_lost(ref, member.place)
@@ -242,6 +244,9 @@ class Membership:
             return
         member.block_size, member.total_blocks = hello.block_size, hello.total_blocks
         self._health.watch(client.ref, self._clock.now())
+        if again:
+            for dead in self._dead:  # said while the stream was down, it was never heard
+                client.send(pb.RouterMessage(gone=pb.WorkerGone(worker=worker_to(dead))))
         if again and member.joined:
             logger.warning("control stream of %s is back: %d attempts were lost", client.ref, len(member.attempts))
             attempts = tuple(sorted(member.attempts))

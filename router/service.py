@@ -241,7 +241,7 @@ class RouterService:
         for worker in {first, rest} - {None}:
             assert worker is not None
             self.membership.assign(worker, attempt)
-        return spec_to(attempt, sequence.request, sequence.attempt_output)
+        return spec_to(attempt, sequence.request, sequence.attempt_output, self._clock.now())
 
     def _leave_workers(self, sequence: Sequence) -> None:
         if sequence.attempt is not None:

@@ -26,7 +26,7 @@ def attempt_from(message: pb.AttemptId) -> Attempt:
     return Attempt(message.request_id, message.number)
 
 
-def spec_to(attempt: Attempt, request: Request, output: Iterable[int]) -> pb.SequenceSpec:
+def spec_to(attempt: Attempt, request: Request, output: Iterable[int], now: float) -> pb.SequenceSpec:
     """What a worker is told of a sequence: the prompt and every token that the client already has."""
     sampling = request.sampling
     spec = pb.SamplingSpec(
@@ -41,7 +41,12 @@ def spec_to(attempt: Attempt, request: Request, output: Iterable[int]) -> pb.Seq
         logprobs=sampling.logprobs,
     )
     return pb.SequenceSpec(
-        attempt=attempt_to(attempt), prompt=request.prompt, output=output, sampling=spec, priority=request.priority
+        attempt=attempt_to(attempt),
+        prompt=request.prompt,
+        output=output,
+        sampling=spec,
+        priority=request.priority,
+        age=max(0.0, now - request.arrival),
     )
 
 

@@ -30,7 +30,7 @@ class WorkerCore:
         self.sessions = sessions
         self.clock = clock
         self.loop = EngineLoop(engine.scheduler, engine.executor, engine.times, clock, self.on_events, self.on_step_failed)
-        self._arrivals: dict[Attempt, float] = {}
+        self._without_token: set[Attempt] = set()
 
     # ---- commands ------------------------------------------------------------------------------
 
@@ -42,13 +42,13 @@ class WorkerCore:
         except BatonError as error:
             self.fail(spec.attempt, str(error), retriable=not isinstance(error, InvalidRequest))
             return False
-        self._arrivals[spec.attempt] = spec.arrival
+        self._without_token.add(spec.attempt)
         self.loop.wake()
         return True
 
     def forget(self, attempt: Attempt) -> None:
         """The attempt has left this worker."""
-        self._arrivals.pop(attempt, None)
+        self._without_token.discard(attempt)
         self.engine.executor.forget(attempt)
         self.sessions.disown(attempt)
 
@@ -70,6 +70,7 @@ class WorkerCore:
         """One message per router and step carries every sequence that gained tokens."""
         batches: defaultdict[Session, list[pb.SequenceTokens]] = defaultdict(list)
         ended: list[Attempt] = []
+        preempted: list[Attempt] = []
         for event in events:
             if isinstance(event, TokenEvent):
                 session = self.sessions.owner(event.attempt)
@@ -81,12 +82,12 @@ class WorkerCore:
             elif isinstance(event, ComputedEvent):
                 self.on_computed(event)
             elif isinstance(event, PreemptedEvent):
-                message = pb.PreemptedAttempt(attempt=attempt_to(event.attempt))
-                self.sessions.send(event.attempt, pb.WorkerMessage(preempted=message))
-                ended.append(event.attempt)
+                preempted.append(event.attempt)
         for session, sequences in batches.items():
             session.send(pb.WorkerMessage(tokens=pb.TokenBatch(step=step, sequences=sequences)))
-        for attempt in ended:
+        for attempt in preempted:  # after its last tokens, or they would be sampled again
+            self.sessions.send(attempt, pb.WorkerMessage(preempted=pb.PreemptedAttempt(attempt=attempt_to(attempt))))
+        for attempt in ended + preempted:
             self.forget(attempt)
 
     def on_tokens(self, event: TokenEvent) -> None:
@@ -117,11 +118,11 @@ class WorkerCore:
         )
 
     def _tokens(self, event: TokenEvent) -> pb.SequenceTokens:
-        arrival = self._arrivals.pop(event.attempt, None)
-        if arrival is None:
-            return tokens_to(event, 0.0, 0.0, 0)
+        if event.attempt not in self._without_token:
+            return tokens_to(event, 0.0, 0)
+        self._without_token.discard(event.attempt)
         info = self.engine.scheduler.info(event.attempt)
         now = self.clock.now()
         started = now if info is None or info.first_scheduled is None else info.first_scheduled
         cached = 0 if info is None else info.cached_tokens
-        return tokens_to(event, max(0.0, started - arrival), max(0.0, now - started), cached)
+        return tokens_to(event, max(0.0, now - started), cached)

@@ -139,6 +139,8 @@ class WorkerHost(rpc.WorkerServicer):
 
     async def _read(self, session: Session, messages: AsyncIterator[pb.RouterMessage]) -> None:
         async for message in messages:
+            if session.broken_at is not None:
+                return  # the router has dialled again: what this stream still carries is about attempts that are given up
             if message.WhichOneof("body") == "drain":
                 self._draining = True
             elif self._member is not None:

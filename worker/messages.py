@@ -27,7 +27,7 @@ def worker_to(ref: WorkerRef) -> pb.WorkerId:
 
 
 def spec_from(message: pb.SequenceSpec, now: float, hand_over: bool) -> SequenceSpec:
-    """The sequence a router asks for, stamped with this worker's clock."""
+    """The sequence a router asks for; its arrival at the router, by this worker's clock."""
     sampling = message.sampling
     return SequenceSpec(
         attempt=attempt_from(message.attempt),
@@ -45,12 +45,12 @@ def spec_from(message: pb.SequenceSpec, now: float, hand_over: bool) -> Sequence
             logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         ),
         priority=message.priority,
-        arrival=now,
+        arrival=now - message.age,
         hand_over=hand_over,
     )
 
 
-def tokens_to(event: TokenEvent, queued: float, computing: float, cached_tokens: int) -> pb.SequenceTokens:
+def tokens_to(event: TokenEvent, computing: float, cached_tokens: int) -> pb.SequenceTokens:
     """One sequence's part of a token batch."""
     return pb.SequenceTokens(
         attempt=attempt_to(event.attempt),
@@ -58,7 +58,6 @@ def tokens_to(event: TokenEvent, queued: float, computing: float, cached_tokens:
         tokens=event.tokens,
         logprobs=[_logprob_to(logprob) for logprob in event.logprobs],
         finish=event.finish or "",
-        queued=queued,
         computing=computing,
         cached_tokens=cached_tokens,
     )

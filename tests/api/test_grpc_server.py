@@ -178,3 +178,18 @@ async def test_reflection(router: Router) -> None:
         answers = [answer async for answer in stub.ServerReflectionInfo(ask())]
     names = {service.name for service in answers[0].list_services_response.service}
     assert {"baton.v1.Inference", "grpc.health.v1.Health"} <= names
+
+
+async def test_what_is_too_long_is_refused_before_it_is_encoded(stub: rpc.InferenceStub) -> None:
+    many = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="hello world " * 5)] * 4000)
+    for request, words in (
+        (pb.GenerateRequest(text="a b " * 100_000), "or more tokens"),
+        (pb.GenerateRequest(tokens=pb.TokenIds(ids=[5] * 100_000)), "100000 or more tokens"),
+        (pb.GenerateRequest(chat=many), "messages: "),
+        (pb.GenerateRequest(chat=pb.ChatMessages()), "messages: give 1 to"),
+        (pb.GenerateRequest(text="a", request_id="x" * 257), "request_id: at most 256"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await generate(stub, request)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert words in (refused.value.details() or "")

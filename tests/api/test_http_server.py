@@ -9,9 +9,14 @@ from collections.abc import AsyncIterator
 import httpx
 import openai
 import pytest
+from baton.api import body as http_body
+from baton.api import http_protocol, http_server
+from baton.api.openai_types import ChatRequest, CompletionRequest
+from baton.api.validation import MAX_REQUEST_BYTES
 from baton.core.topology import RouterSpec
 from baton.core.view import Role
 from baton.tests.router.router_process import Router, running_router, tokenizer
+from pydantic import ValidationError
 
 TEXT = "def wörks(x): return 🙂 and then some more words"
 
@@ -93,8 +98,10 @@ async def test_completion_logprobs(client: openai.AsyncOpenAI) -> None:
     tops = logprobs.top_logprobs or []
     assert [top[token] for top, token in zip(tops, logprobs.tokens or [], strict=True)] == [-0.5] * 4
     assert sorted(tops[0].values()) == [-1.5, -0.5]
-    lengths = [len(token) for token in logprobs.tokens or []]
-    assert logprobs.text_offset == [sum(lengths[:index]) for index in range(4)]
+    offsets, text = logprobs.text_offset or [], answer.choices[0].text
+    whole = [(at, token) for at, token in zip(offsets, logprobs.tokens or [], strict=True) if "\ufffd" not in token]
+    assert len(whole) == 2  # "def", " w" and the two halves of a character
+    assert all(text.startswith(token, at) for at, token in whole)
 
 
 async def test_chat(client: openai.AsyncOpenAI) -> None:
@@ -214,6 +221,118 @@ async def test_impossible_requests_name_the_field(router: Router, http: httpx.As
         assert error["type"] == "invalid_request_error"
     sent = [m.WhichOneof("body") for m in router.cluster.workers["p0"].received[before:]]
     assert "submit" not in sent
+
+
+HOSTILE: list[tuple[bytes, str | None, str]] = [
+    (b'{"prompt": "\\ud800"}', None, "not valid JSON"),  # a lone surrogate is no text
+    (b'{"messages": [], "prompt": "a"}', "messages", "not supported"),
+    (b'{"prompt": "a", "seed": ' + b"9" * 400 + b"}", "seed", "from 0 to"),
+    (b'{"prompt": "a", "max_tokens": ' + b"9" * 400 + b"}", "max_tokens", "exceed"),
+    (b'{"prompt": "a", "top_p": NaN}', None, "not valid JSON"),
+    (b'{"prompt": "a", "top_p": 1e999}', "top_p", "finite"),
+    (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", None, "recursion limit"),
+    (b'{"prompt": [1, "a"]}', "prompt", "prompt.1: Input should be a valid integer"),
+    (b'{"prompt": {}}', "prompt", "a list of strings"),
+    (b'{"prompt": "' + b"a b " * 100_000 + b'"}', "prompt", "or more tokens"),
+    (b'{"prompt": ["a", "b", "c", "d", "e", "f", "g", "h", "i"], "n": 128}', "n", "1024 choices"),
+    (b'{"prompt": "a", "user": "' + b"u" * 257 + b'"}', "user", "256 characters"),
+    (b'{"prompt": "a", "stop_token_ids": [' + b"1," * 128 + b"1]}", "stop_token_ids", "at most 128"),
+    (b"[]", None, "JSON object"),
+]
+
+
+@pytest.mark.parametrize(("body", "field", "words"), HOSTILE, ids=range(len(HOSTILE)))
+async def test_hostile_bodies_are_refused(http: httpx.AsyncClient, body: bytes, field: str | None, words: str) -> None:
+    response = await http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, field), error
+    assert words in error["message"]
+    assert len(error["message"]) < 400
+
+
+async def test_chat_mistakes_are_found_where_they_are(http: httpx.AsyncClient) -> None:
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    long = {"role": "user", "content": "hello world " * 400}
+    for message, words in (
+        ({"role": "user", "content": [{"type": "text", "text": "a"}, image]}, "messages.0.content.1"),
+        ({"role": "user", "content": "a", "name": "bob"}, "messages.0.name: this field is not supported"),
+        ({"role": "user", "content": None}, "messages.0.content: Input should be a string or a list of text parts"),
+        (long, "messages: "),
+    ):
+        response = await http.post("/v1/chat/completions", json={"messages": [message]})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "messages"
+        assert words in response.json()["error"]["message"]
+
+
+def test_a_million_mistakes_make_one_error() -> None:
+    for kind, fields in (
+        (CompletionRequest, {"prompt": [{}] * 100_000}),
+        (CompletionRequest, {f"k{i}": 1 for i in range(100_000)}),
+        (ChatRequest, {"messages": [{"role": "x"}] * 4000}),
+        (ChatRequest, {"messages": [{f"k{i}": 1 for i in range(100_000)}]}),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate(fields)
+        assert caught.value.error_count() <= 4
+
+
+async def _connected(router: Router, limit: int = 1 << 16) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = router.http.partition(":")
+    return await asyncio.open_connection(host, int(port), limit=limit)
+
+
+async def test_bodies_have_limits(router: Router, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    json_type = {"content-type": "application/json"}
+    large = await http.post("/v1/completions", content=b" " * (MAX_REQUEST_BYTES + 1), headers=json_type)
+    assert large.status_code == 413
+    assert str(MAX_REQUEST_BYTES) in large.json()["error"]["message"]
+    form = await http.post("/v1/completions", data={"prompt": "a"})
+    assert form.status_code == 415
+    assert "application/json" in form.json()["error"]["message"]
+    monkeypatch.setattr(http_body, "BODY_TIMEOUT", 0.05)
+    reader, writer = await _connected(router)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+    async with asyncio.timeout(4):
+        assert (await reader.read()).startswith(b"HTTP/1.1 408")
+    writer.close()
+
+
+async def test_connections_that_send_no_header_are_closed(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "HEADER_TIMEOUT", 0.1)
+    whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    for first, then in ((b"", b""), (b"", b"GET /health HTTP/1.1\r\nHost:"), (whole, b"GET /he")):
+        reader, writer = await _connected(router)
+        if first:
+            writer.write(first)
+            assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
+        writer.write(then)
+        async with asyncio.timeout(4):  # less than the keep-alive of a connection that is merely idle
+            await reader.read()
+        writer.close()
+
+
+async def test_a_client_that_stops_reading_is_given_up(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "STALL_TIMEOUT", 0.1)
+    answer = json.dumps({"prompt": "a", "n": 64, "max_tokens": 900, "ignore_eos": True, "stream": True, "logprobs": 20})
+    reader, writer = await _connected(router, limit=1024)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(answer)}"
+    writer.write(f"{head}\r\n\r\n{answer}".encode())
+    await reader.readexactly(100)
+    await router.cluster.workers["d1"].until_received("abort", 1)
+    writer.close()
+
+
+async def test_paths_and_methods(http: httpx.AsyncClient) -> None:
+    for path in ("/health", "/ready", "/metrics", "/v1/models"):
+        head = await http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+    assert (await http.get("/v1/models/")).status_code == 404
+    assert (await http.post("/v1/completions/", json={"prompt": "a"})).status_code == 404
+    wrong = await http.put("/v1/completions", json={})
+    assert wrong.status_code == 405
+    assert wrong.headers["allow"] == "POST"
+    assert wrong.json()["error"]["type"] == "invalid_request_error"
 
 
 async def test_other_refusals(http: httpx.AsyncClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,20 @@ def test_router_process_imports_no_torch() -> None:
     """Start-up time and memory of a router depend on it."""
     code = "import sys, baton.deploy.router_process; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+async def test_least_tokens_is_a_lower_bound() -> None:
+    shipped = tokenizer()
+    for text in ("", "a", "def f(x): return x\n" * 50, "🙂" * 40, "<|assistant|>" * 30, " " * 500):
+        assert shipped.least_tokens(text) <= len(await shipped.encode(text, False))
+    assert shipped.least_tokens("a b" * 10_000) > 1000
+
+
+async def test_long_texts_leave_the_event_loop_alone() -> None:
+    """The thread must not hold the interpreter: the loop turns many times while it encodes."""
+    turns = 0
+    encoding = asyncio.create_task(tokenizer().encode("hello world " * 50_000))
+    while not encoding.done():
+        await asyncio.sleep(0.001)
+        turns += 1
+    assert turns > 20

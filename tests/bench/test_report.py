@@ -142,3 +142,17 @@ def test_the_live_line(result: LoadResult) -> None:
 )
 def test_seconds_as_people_read_them(value: float, text: str) -> None:
     assert seconds(value) == text
+
+
+@pytest.mark.parametrize("width", [56, 80])
+def test_no_number_of_the_table_is_cut_or_wrapped(result: LoadResult, width: int) -> None:
+    out = io.StringIO()
+    print_summary(Console(file=out, width=width), summarise(result, SLO, 2), SLO)
+    (row,) = [line for line in out.getvalue().splitlines() if line.startswith("TTFT")]
+    assert "…" not in out.getvalue()
+    assert len(re.findall(r"[0-9.]+ m?s\b", row)) == (4 if width < 76 else 6)
+
+
+def test_wide_figures_take_the_page_and_halves_come_in_pairs(result: LoadResult) -> None:
+    halves = [index for index, figure in enumerate(figures(result, SLO)) if not figure.wide]
+    assert halves == [1, 2]

@@ -20,8 +20,10 @@ def test_figures_of_the_routers_metrics() -> None:
     assert figures.exposed_mean == pytest.approx(0.0065)
     assert 0.001 <= figures.exposed_p50 <= 0.0025
     assert figures.rate == pytest.approx(16e6 / 0.0052)
-    assert str(figures).startswith("4 over grpc, shm: 6.5 ms mean, ")
-    assert str(figures).endswith("4.00 MB each at 3.08 GB/s")
+    assert figures.push_mean == pytest.approx(0.0013)
+    assert str(figures).startswith("4 over grpc, shm: ")
+    assert "6.5 ms mean from first token to acknowledgement" in str(figures)
+    assert str(figures).endswith("4.00 MB each, pushed and acknowledged in 1.3 ms (3.08 GB/s)")
 
 
 def test_no_handoff_no_figures() -> None:

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 import typer
-from baton.cli.demo import demo
+from baton.cli.demo import demo, workload_lengths
 from baton.core.topology import Topology
 from baton.deploy.cluster import ClusterStatus
 from baton.observability.metrics import Metrics
@@ -135,7 +135,13 @@ def test_the_whole_show(cluster: FakeCluster, ran: Callable[[], Result], tmp_pat
         "attainment",
         "goodput",
     )
-    counted = ("1 over shm", "2.00 MB each at 10.00 GB/s", "back at baseline", "decode-0 100/100", "0 failed")
+    counted = (
+        "1 over shm",
+        "2.00 MB each, pushed and acknowledged in 0.2 ms (10.00 GB/s)",
+        "back at baseline",
+        "decode-0 100/100",
+        "0 failed",
+    )
     for part in shown + counted:
         assert part in result.output, part
     assert "back at baseline" in (tmp_path / "out" / "demo.html").read_text()
@@ -172,3 +178,12 @@ def test_a_topology_that_cannot_be_read(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [str(tmp_path / "none.yaml")])
     assert result.exit_code == 2
     assert "none.yaml" in result.output
+
+
+@pytest.mark.parametrize("max_model_len", [8, 100, 512, 704, 1024, 131072])
+def test_the_workload_fits_the_model(max_model_len: int) -> None:
+    lengths = [length.removeprefix("uniform:").split(",") for length in workload_lengths(max_model_len)]
+    assert all(1 <= int(low) <= int(high) for low, high in lengths)
+    assert sum(int(high) for _, high in lengths) <= max_model_len
+    if max_model_len >= 1024:
+        assert workload_lengths(max_model_len) == ("uniform:64,512", "uniform:32,192")

@@ -19,5 +19,5 @@ def test_a_small_model_is_written_and_can_be_read(tmp_path: Path):
 
 def test_an_unknown_family_is_a_failure(tmp_path: Path):
     result = CliRunner().invoke(app, ["make-model", "--out", str(tmp_path / "m"), "--family", "gpt5"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "gpt5" in result.stderr

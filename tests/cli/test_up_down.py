@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+from dataclasses import asdict
 
 import pytest
 from baton.deploy.process import WatchedProcess
+from baton.deploy.state import ClusterRecord
 
 pytestmark = pytest.mark.cluster
 
@@ -138,3 +141,23 @@ def test_a_taken_port_is_named(baton, topology):
 )
 def test_bad_usage(baton, arguments):
     assert baton.run(*arguments).exit_code == 2
+
+
+def test_a_cluster_whose_ray_is_gone_can_be_forgotten(baton, topology):
+    pytest.importorskip("ray")
+    baton.state.mkdir(parents=True)
+    gone = ClusterRecord("clitest", 0, "ray", "ready", "", "127.0.0.1:1", "", "127.0.0.1:1", ray_address="127.0.0.1:1")
+    (baton.state / "clitest.json").write_text(json.dumps(asdict(gone)))
+    assert "clitest" in baton.run("status").stdout
+    down = baton.run("down", "clitest")
+    assert down.exit_code == 1
+    assert "no Ray cluster at 127.0.0.1:1 (ray.address): Connection refused" in down.stderr
+    assert "is not running" in baton.run("down", "clitest").stderr
+
+
+def test_no_ray_at_the_address(baton, topology):
+    pytest.importorskip("ray")
+    topology.write_text(topology.read_text().replace("subprocess", "ray") + "ray: {address: '127.0.0.1:1'}\n")
+    up = baton.run("up", topology)
+    assert up.exit_code == 1
+    assert "no Ray cluster at 127.0.0.1:1 (ray.address): Connection refused" in up.stderr

@@ -118,3 +118,18 @@ async def test_sync_client(router: Router) -> None:
 
     await asyncio.to_thread(use)
     await router.cluster.workers["d1"].until_received("abort")
+
+
+async def test_options_are_never_ignored(client: AsyncClient) -> None:
+    for options, field in (({"max_token": 5}, "max_token"), ({"n": 0}, "n"), ({"slo": 5}, "slo")):
+        with pytest.raises(InvalidRequest) as refused:
+            await client.generate("a", **options)  # type: ignore[arg-type]
+        assert refused.value.field == field
+
+
+async def test_a_message_too_large_is_not_called_overload(client: AsyncClient) -> None:
+    with pytest.raises(InvalidRequest, match="larger than max"):
+        await client.generate("x" * (17 << 20))
+    with pytest.raises(InvalidRequest, match="or more tokens") as refused:
+        await client.generate("x" * (4 << 20))
+    assert refused.value.field == "prompt"

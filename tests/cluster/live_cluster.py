@@ -54,9 +54,9 @@ class LiveCluster:
     async def pid(self, member_id: str) -> int:
         """Process id of a member that is ready."""
         for member in (await self.status()).members:
-            if member.registration.worker.worker_id == member_id:
+            if member.registration.worker.worker_id == member_id and member.registration.pid:  # a signal to 0 would be for us
                 return member.registration.pid
-        raise AssertionError(f"no member {member_id}")
+        raise AssertionError(f"no member {member_id} is ready")
 
     async def strike(self, member_id: str, number: int = signal.SIGKILL) -> int:
         """Send a signal to a member's process; return its pid."""

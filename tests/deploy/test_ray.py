@@ -142,3 +142,16 @@ async def _other_clusters_on_the_same_ray(tmp_path: Path, monkeypatch: pytest.Mo
     await ray_host.wait_gone(pid)
     assert not is_alive(pid, started)
     assert {entry["name"] for entry in list_named_actors(all_namespaces=True)} == others
+
+
+def test_folders_of_dead_processes_are_swept(tmp_path: Path) -> None:
+    from baton.deploy.ray_host import ray_folder
+
+    (tmp_path / "baton-ray-dead").mkdir()
+    (tmp_path / "baton-ray-dead" / "in-use").touch()
+    (tmp_path / "baton-ray-unknown").mkdir()  # nothing says whose it is
+    with ray_folder(tmp_path) as first:
+        with ray_folder(tmp_path) as second:  # the first is in use, though not by another process
+            assert sorted(map(str, tmp_path.iterdir())) == sorted([first, second, str(tmp_path / "baton-ray-unknown")])
+        assert not Path(second).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["baton-ray-unknown"]

@@ -165,7 +165,7 @@ def test_model_paths_start_at_the_file(tmp_path: Path):
 
 
 def test_a_file_that_is_not_there_says_so(tmp_path: Path):
-    with pytest.raises(TopologyError, match=r"nowhere\.yaml: cannot read this topology file"):
+    with pytest.raises(TopologyError, match=r"nowhere\.yaml: there is no such file"):
         load_topology(tmp_path / "nowhere.yaml")
 
 

@@ -500,6 +500,36 @@ def test_the_head_of_the_queue_waits_for_its_blocks_and_nobody_overtakes_it() ->
     rig.assert_finished(head)
 
 
+@pytest.mark.parametrize("how", ["shorter", "more urgent"])
+def test_sequences_to_be_handed_over_leave_room_for_those_they_overtake(how: str) -> None:
+    """A decode worker grants in order of arrival: what overtakes keeps its blocks until the overtaken one has been served."""
+    rig = Rig(num_blocks=10, max_num_seqs=1, ordering="shortest_prompt_first" if how == "shorter" else "fcfs")
+    rig.add(rig.spec("first", range(9), hand_over=True))  # 3 blocks
+    rig.step()
+    long = rig.add(rig.spec("long", [6] * 20, hand_over=True))  # 5 blocks
+    for index in range(4):  # one block each; only two fit beside "first" and room for "long"
+        rig.add(rig.spec(f"short-{index}", [index], hand_over=True, priority=how == "more urgent"))
+    for _ in range(5):
+        rig.step()
+    assert rig.clients[long].computed is not None
+    assert sorted(c.spec.attempt.request_id for c in rig.clients.values() if c.computed) == [
+        "first",
+        "long",
+        "short-0",
+        "short-1",
+    ]
+    rig.release(long)
+    rig.drain()
+    assert all(client.computed is not None for client in rig.clients.values())
+
+
+def test_an_overtaken_sequence_starts_when_the_head_would_not_leave_it_room() -> None:
+    rig = Rig(num_blocks=4, max_num_seqs=1, ordering="shortest_prompt_first")
+    rig.add(rig.spec("long", range(13), hand_over=True))
+    rig.add(rig.spec("short", [6], hand_over=True))
+    assert [row[0] for row in rows(rig.plan())] == ["long"]
+
+
 def test_starting_sequences_leave_the_watermark_to_running_ones() -> None:
     rig = Rig(num_blocks=10, watermark=0.2)
     rig.add(rig.spec("a", range(20), max_tokens=12))  # 5 blocks

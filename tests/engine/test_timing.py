@@ -25,13 +25,30 @@ def test_nothing_seen_means_a_generous_guess() -> None:
     assert times.predict(plan(1)) == times.predict(plan(100)) == FIRST_GUESS
 
 
-def test_prefill_is_predicted_by_its_rate_and_decode_by_its_step() -> None:
+def test_prefill_is_predicted_by_a_fixed_part_and_a_rate() -> None:
     times = StepTimes()
-    times.observe(plan(100), 0.5)
     times.observe(plan(1, 1), 0.01)
-    assert times.predict(plan(400)) == pytest.approx(2.0)
+    times.observe(plan(100), 0.51)
+    assert times.prefill_rate == pytest.approx(200.0)
+    assert times.predict(plan(400)) == pytest.approx(2.01)
     assert times.predict(plan(1)) == pytest.approx(0.01)
-    assert times.predict(plan(2)) == pytest.approx(0.01)  # a mixed step is never quicker than a decode step
+
+
+def test_many_tiny_prompts_do_not_spoil_the_prediction_of_a_long_one() -> None:
+    times = StepTimes()
+    times.observe(plan(1), 0.01)
+    times.observe(plan(1000), 0.51)
+    for _ in range(100):
+        times.observe(plan(8), 0.0142)  # the fixed part, and a little more than the tokens' share
+    assert times.predict(plan(512)) == pytest.approx(0.266, rel=0.15)
+
+
+def test_a_changed_rate_is_learnt_within_some_long_prompts() -> None:
+    times = StepTimes()
+    times.observe(plan(1000), 1.0)
+    for _ in range(20):
+        times.observe(plan(1000), 2.0)
+    assert times.prefill_rate == pytest.approx(500.0, rel=0.02)
 
 
 def test_averages_follow_what_changes() -> None:

@@ -63,3 +63,9 @@ def test_request_line_has_its_stages(stream: io.StringIO) -> None:
     assert (first["ttft"], first["queue"], first["handoff"], first["tpot"]) == (1.0, 0.75, 0.1, 0.05)
     assert (first["prefill_worker"], first["decode_worker"]) == ("p0", "d0")
     assert (second["level"], second["error"], second["output_tokens"]) == ("warning", "no worker", 0)
+
+
+def test_warnings_of_libraries_are_json_too(stream: io.StringIO) -> None:
+    logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+    logging.getLogger("asyncio").info("Using selector")
+    assert [line["message"] for line in lines(stream)] == ["Invalid HTTP request received."]
