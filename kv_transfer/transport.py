@@ -20,7 +20,7 @@ from .ticket import Ticket
 class Copy:
     """One contiguous run: `num_bytes` bytes from `source_offset` of the source pool to `target_offset` of the target pool.
 
-    rank and target_rank say which rank's pool at either end.
+    source_rank and target_rank say which rank's pool at either end.
     """
 
     source_offset: int

@@ -197,6 +197,8 @@ class RouterService:
             request_id = _request_of(event)
             if request_id is not None:
                 self._complete(ev.Complete(request_id, "internal", f"the router failed: {type(error).__name__}: {error}"))
+                if not isinstance(event, ev.Cancelled):  # nor may workers go on with it
+                    self._events.append(ev.Cancelled(self._clock.now(), request_id))
 
     def _perform(self, action: ev.Action) -> None:
         match action:

@@ -24,7 +24,7 @@ class Submission:
     n          sequences; each becomes a request of its own in the lifecycle
     client_id  the client's name for the request, empty when it gave none
     timeout    seconds that the client is willing to wait, None for the router's limit
-    internal   the router's own canary: neither counted nor logged
+    internal   the router's own canary: not among the requests counted and logged (its tokens and attempts are)
     """
 
     prompt: tuple[int, ...]

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from baton.core.clock import MonotonicClock
-from baton.core.errors import Cancelled, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from baton.core.errors import Cancelled, DeadlineExceeded, InternalError, InvalidRequest, Overloaded, Unavailable
 from baton.core.request import FinishReason, SamplingParams
 from baton.core.slo import Slo
 from baton.core.view import Role
 from baton.observability.metrics import Metrics
 from baton.policy.admission import ADMISSION
 from baton.policy.routing import ROUTING
+from baton.router.events import Action, Event, Granted
 from baton.router.lifecycle import Lifecycle, LifecycleConfig
 from baton.router.readiness import Readiness
 from baton.router.roster import ControllerLink
@@ -209,6 +210,25 @@ async def test_worker_failures_are_retried_or_reported() -> None:
         worker.refuse_attempts, worker.retriable = 1, False
         with pytest.raises(Exception, match="told to"):
             await collect(service.submit(submission(3)))
+        assert_idle(service)
+
+
+async def test_a_bug_in_the_brain_ends_its_request_and_nothing_else() -> None:
+    async with running_cluster(Role.PREFILL, Role.DECODE) as cluster, serving(cluster) as service:
+        brain = service._brain
+        handle, fail = brain.handle, ["once"]
+
+        def buggy(event: Event) -> list[Action]:
+            if isinstance(event, Granted) and fail:
+                fail.clear()
+                raise ZeroDivisionError("a bug")
+            return handle(event)
+
+        brain.handle = buggy  # type: ignore[method-assign]
+        with pytest.raises(InternalError, match="a bug"):
+            await collect(service.submit(submission()))
+        tokens, _ = await collect(service.submit(submission()))
+        assert len(tokens[0]) == 8
         assert_idle(service)
 
 
