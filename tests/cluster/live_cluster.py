@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from baton.client.client import AsyncClient
@@ -47,6 +47,7 @@ class LiveCluster:
     grpc: str
     http: str
     client: AsyncClient
+    struck: dict[str, int] = field(default_factory=dict)  # the pid that each killed member had
 
     async def status(self) -> ClusterStatus:
         return await self.running.status()
@@ -62,15 +63,22 @@ class LiveCluster:
         """Send a signal to a member's process; return its pid."""
         pid = await self.pid(member_id)
         os.kill(pid, number)
+        if number == signal.SIGKILL:
+            self.struck[member_id] = pid
         return pid
 
     async def load(self) -> dict[str, pb.WorkerInfo]:
         return {worker.worker_id: worker for worker in (await router_load(self.grpc)).workers}
 
     async def ready(self, seconds: float = 40.0) -> None:
-        """Every member is up (again) and the router serves."""
+        """Every member is up (again), those that were killed in another process, and the router serves."""
         async with asyncio.timeout(seconds):
-            await self.running.wait_ready()
+            while True:
+                members = (await self.running.wait_ready()).members
+                pids = {member.registration.worker.worker_id: member.registration.pid for member in members}
+                if all(pids.get(member_id) != pid for member_id, pid in self.struck.items()):
+                    return
+                await asyncio.sleep(0.05)  # the controller has not noticed yet
 
     async def baseline(self, seconds: float = 5.0, members: int = 2) -> None:
         """Every block free, no ticket, nothing running, at all of the workers."""

@@ -78,7 +78,7 @@ async def test_the_tape_of_a_live_run_replays_to_the_same_actions(
     asked = replace(taped, cluster="taped", router=replace(taped.router, tape=str(tape)))
     async with live(asked, tmp_path_factory.mktemp("logs")) as cluster:
         running = asyncio.gather(
-            *(cluster.client.generate(f"{i} {PROMPT}", max_tokens=60, ignore_eos=True, seed=i) for i in range(16))
+            *(cluster.client.generate(f"{i} {PROMPT}", max_tokens=250, ignore_eos=True, seed=i) for i in range(16))
         )
         await cluster.until_load(lambda load: load["decode-0"].running > 2, 10.0)
         await cluster.strike("decode-0")
