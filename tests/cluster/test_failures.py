@@ -16,6 +16,8 @@ import pytest
 import pytest_asyncio
 from baton.client.types import Completion
 from baton.core.errors import Cancelled, DeadlineExceeded, InvalidRequest, ModelNotFound, Overloaded, Unavailable
+from baton.core.view import Role
+from baton.deploy.members import ENTRY_POINTS
 from baton.tests.cluster.live_cluster import PROMPT, LiveCluster, live, topology
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
@@ -196,3 +198,32 @@ async def test_overload_is_shed_at_admission(tmp_path: Path) -> None:
         for task, _ in running:
             assert (await task).usage.completion_tokens == 100
         await cluster.baseline()
+
+
+async def test_damaged_kv_is_recomputed_and_never_served(
+    cluster: LiveCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = await one(cluster, max_tokens=30, **GREEDY)
+    monkeypatch.setitem(ENTRY_POINTS, Role.PREFILL, "baton.tests.cluster.faulty_prefill")
+    async with live(topology("damaged"), tmp_path) as damaged:
+        completion = await one(damaged, max_tokens=30, **GREEDY)
+        assert completion.token_ids == undisturbed.token_ids
+        assert completion.stages.attempts == 2
+        await damaged.baseline()
+
+
+async def test_leases_expire_while_the_router_is_frozen(cluster: LiveCluster) -> None:
+    undisturbed = await one(cluster, max_tokens=20, **GREEDY)
+    prefill, router = await cluster.pid("prefill-0"), await cluster.pid("router-0")
+    os.kill(prefill, signal.SIGSTOP)  # the handoff stays open
+    task, _ = await after_tokens(cluster, 1, max_tokens=20, **GREEDY)
+    await cluster.until_load(lambda load: load["decode-0"].tickets == 1, 2.0)
+    os.kill(router, signal.SIGSTOP)  # nobody renews
+    await asyncio.sleep(4.5)  # a lease and a half
+    os.kill(prefill, signal.SIGCONT)
+    os.kill(router, signal.SIGCONT)
+    completion = await task
+    assert completion.token_ids == undisturbed.token_ids
+    assert completion.stages.attempts >= 2
+    await cluster.ready()
+    await cluster.baseline()
