@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from ..kernels.table import Kernels, Linear
 from .checkpoint import Checkpoint
 from .model_config import ModelConfig, RopeConfig
 from .parallel import ParallelContext
@@ -20,38 +20,31 @@ from .parallel import ParallelContext
 
 @dataclass(frozen=True, slots=True)
 class ColumnLinear:
-    """y = x W' + b with W's rows (the outputs) sharded: every rank makes its own part of y.
+    """y = x W' + b with W's rows (the outputs) sharded: every rank makes its own part of y."""
 
-    weight [outputs of this rank, E], bias [outputs of this rank] or None
-    """
-
-    weight: Tensor
-    bias: Tensor | None
+    linear: Linear  # E -> outputs of this rank
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        return self.linear(x)
 
 
 @dataclass(frozen=True, slots=True)
 class RowLinear:
     """y = x W' + b with W's columns (the inputs) sharded: partial results are summed over the ranks.
 
-    weight [E, inputs of this rank], bias [E] or None
+    linear    inputs of this rank -> E; rank 0 alone adds the bias
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    linear: Linear
     parallel: ParallelContext
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.parallel.size == 1:
-            return functional.linear(x, self.weight, self.bias)
-        y = self.parallel.all_reduce(functional.linear(x, self.weight))
-        return y if self.bias is None else y + self.bias
+        y = self.linear(x)
+        return y if self.parallel.size == 1 else self.parallel.all_reduce(y)
 
 
 def load_column(
-    checkpoint: Checkpoint, parts: Sequence[tuple[str, range]], num_inputs: int, bias: bool, dtype: torch.dtype
+    checkpoint: Checkpoint, parts: Sequence[tuple[str, range]], num_inputs: int, bias: bool, dtype: torch.dtype, kernels: Kernels
 ) -> ColumnLinear:
     """Several projections of one input as a single linear; each part is a name and this rank's range of outputs."""
     total = sum(len(share) for _, share in parts)
@@ -64,16 +57,24 @@ def load_column(
         if biases is not None:
             checkpoint.read_into(biases[begin:end], f"{name}.bias", share)
         begin = end
-    return ColumnLinear(weight, biases)
+    return ColumnLinear(kernels.linear(weight, biases))
 
 
 def load_row(
-    checkpoint: Checkpoint, name: str, share: range, num_outputs: int, bias: bool, dtype: torch.dtype, parallel: ParallelContext
+    checkpoint: Checkpoint,
+    name: str,
+    share: range,
+    num_outputs: int,
+    bias: bool,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    parallel: ParallelContext,
 ) -> RowLinear:
     """A projection whose inputs are sharded; `share` is this rank's range of them."""
     weight = torch.empty((num_outputs, len(share)), dtype=dtype)
     checkpoint.read_into(weight, f"{name}.weight", share, axis=1)
-    return RowLinear(weight, checkpoint.read(f"{name}.bias", (num_outputs,), dtype) if bias else None, parallel)
+    added = checkpoint.read(f"{name}.bias", (num_outputs,), dtype) if bias and parallel.rank == 0 else None
+    return RowLinear(kernels.linear(weight, added), parallel)
 
 
 def scaled_range(heads: range, head_dim: int) -> range:

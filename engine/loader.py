@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..core.errors import ModelError
-from ..kernels.table import KERNELS
+from ..kernels.table import make_kernels
 from .checkpoint import Checkpoint
 from .model.interface import CausalModel
 from .model.llama import load_llama
@@ -33,6 +33,8 @@ def load_model(
     parallel: ParallelContext = ParallelContext(),
     max_model_len: int | None = None,
     kernels: str = "cpu",
+    threads: int = 1,
+    deterministic: bool = False,
 ) -> CausalModel:
     """Load the model of a folder, weights converted to `dtype`.
 
@@ -44,5 +46,6 @@ def load_model(
     limit = config.max_position_embeddings
     if max_model_len is not None and not 1 <= max_model_len <= limit:
         raise ModelError(f"max_model_len is {max_model_len}; {path / 'config.json'} allows 1 to {limit} positions")
+    made = make_kernels(kernels, threads, deterministic)
     with torch.inference_mode():
-        return LOADERS[config.family](config, Checkpoint(path), weights_dtype, parallel, KERNELS[kernels], max_model_len or limit)
+        return LOADERS[config.family](config, Checkpoint(path), weights_dtype, parallel, made, max_model_len or limit)

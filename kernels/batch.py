@@ -1,4 +1,4 @@
-"""What a kernel is told of a step: where each row's tokens stand in the packed batch, and where their KV lives.
+"""What a kernel is told of a step: where each row's tokens stand in the packed batch, where their KV lives, how a layer attends.
 
 Rows are packed one after the other: row i owns packed tokens [offset, offset + num_tokens).
 """
@@ -30,3 +30,17 @@ class RowSpan:
     def end(self) -> int:
         """Number of tokens in the cache after the step."""
         return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """How one layer attends.
+
+    scale    factor of the scores, 1 / sqrt(head_dim) in most models
+    window   a query sees itself and the window - 1 positions before it; None sees all of them
+    softcap  scores s become softcap * tanh(s / softcap), as in Gemma 2; None leaves them
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None

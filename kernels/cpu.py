@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .batch import RowSpan
+from .batch import AttentionSpec, RowSpan
 
 QUERY_TILE = 128  # queries per tile of prefill attention: bounds the scores in memory and skips what causality hides
 GROUP_BYTES = 4 << 20  # KV gathered at once for decode rows: bounds padding, and what leaves the core's cache
@@ -49,10 +49,22 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, delta [T, E] -> x + delta and its norm, both [T, E]."""
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2F], gate first -> [T, F]."""
     half = gate_up.shape[-1] // 2
     return functional.silu(gate_up[:, :half]).mul_(gate_up[:, half:])
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2F], gate first -> [T, F]."""
+    half = gate_up.shape[-1] // 2
+    return functional.gelu(gate_up[:, :half], approximate="tanh").mul_(gate_up[:, half:])
 
 
 class CpuAttention:
@@ -62,7 +74,6 @@ class CpuAttention:
         num_blocks, num_layers, _, kv_heads, block_size, head_dim = kv.shape
         self._kv_heads = kv_heads
         self._head_dim = head_dim
-        self._scale = 1.0 / math.sqrt(head_dim)
         self._dtype = kv.dtype
         # A run is what one KV head keeps of one block in one layer, keys or values.
         self._runs = kv.view(num_blocks * num_layers * 2 * kv_heads, block_size * head_dim)
@@ -84,14 +95,14 @@ class CpuAttention:
         tile = QUERY_TILE if self._chunks else 0
         self._causal = torch.full((tile, tile), -math.inf, dtype=kv.dtype).triu_(1)
 
-    def run(self, layer: int, qkv: Tensor) -> Tensor:
-        """Store the layer's new keys and values, then attend.
-
-        qkv [T, H + 2K, D]: query, key and value heads of every packed token, rotated. Returns [T, H * D].
-        """
+    def run(self, layer: int, qkv: Tensor, spec: AttentionSpec, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """See `table.PagedAttention`."""
         heads = qkv.shape[1] - 2 * self._kv_heads
+        if turn is not None:
+            turned = qkv[:, : -self._kv_heads]
+            turned.copy_(rotary(turned, *turn))
         self._slots.index_copy_(0, self._write_at + layer * self._layer_slots, qkv[:, heads:].reshape(-1, self._head_dim))
-        query = qkv[:, :heads] * self._scale  # [T, H, D]
+        query = qkv[:, :heads] * spec.scale  # [T, H, D]
         if self._one_group:
             return self._decode(layer, query, self._groups[0]).flatten(1)
         out = torch.empty_like(query)

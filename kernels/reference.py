@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .batch import RowSpan
+from .batch import AttentionSpec, RowSpan
 
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
@@ -41,10 +43,38 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, delta [T, E] -> x + delta and its norm, both [T, E]: the end of one half of a layer and the start of the next."""
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2F], gate first -> silu(gate) * up [T, F] (SwiGLU, Shazeer 2020)."""
     gate, up = gate_up.chunk(2, dim=-1)  # [T, F] each
     return gate * torch.sigmoid(gate.float()).to(gate.dtype) * up
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2F], gate first -> gelu(gate) * up [T, F], with the tanh form of gelu (GEGLU, Shazeer 2020)."""
+    gate, up = gate_up.chunk(2, dim=-1)  # [T, F] each
+    return functional.gelu(gate.float(), approximate="tanh").to(gate.dtype) * up
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLinear:
+    """y = x W' + b: weight [outputs, inputs], bias [outputs] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, inputs] -> [T, outputs]."""
+        return functional.linear(x, self.weight, self.bias)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the weight: index int64 [T] -> [T, inputs]."""
+        return self.weight[index]
 
 
 def write_kv(kv: Tensor, layer: int, row: RowSpan, keys: Tensor, values: Tensor) -> None:
@@ -65,21 +95,24 @@ def read_kv(kv: Tensor, layer: int, block_table: Sequence[int], num_tokens: int)
     return stacked[0], stacked[1]
 
 
-def attention(query: Tensor, kv: Tensor, layer: int, row: RowSpan) -> Tensor:
+def attention(query: Tensor, kv: Tensor, layer: int, row: RowSpan, spec: AttentionSpec) -> Tensor:
     """Causal attention of one row over its cache: query [row.num_tokens, H, D] -> [row.num_tokens, H, D].
 
-    The token at position p sees the positions [0, p]. In float32 throughout.
+    The token at position p sees the positions [0, p], or the last `spec.window` of them. In float32 throughout.
     """
     keys, values = read_kv(kv, layer, row.block_table, row.end)  # [end, K, D]
     group = query.shape[1] // keys.shape[1]
-    scale = 1.0 / math.sqrt(query.shape[2])
     out = torch.empty_like(query)
     for i in range(row.num_tokens):
-        visible = row.start + i + 1
+        end = row.start + i + 1
+        begin = 0 if spec.window is None else max(0, end - spec.window)
         for head in range(query.shape[1]):
-            k = keys[:visible, head // group].float()  # [visible, D]
-            v = values[:visible, head // group].float()  # [visible, D]
-            weights = torch.softmax(k @ query[i, head].float() * scale, dim=0)  # [visible]
+            k = keys[begin:end, head // group].float()  # [visible, D]
+            v = values[begin:end, head // group].float()  # [visible, D]
+            scores = k @ query[i, head].float() * spec.scale  # [visible]
+            if spec.softcap is not None:
+                scores = spec.softcap * torch.tanh(scores / spec.softcap)
+            weights = torch.softmax(scores, dim=0)
             out[i, head] = (weights @ v).to(query.dtype)
     return out
 
@@ -91,16 +124,18 @@ class ReferenceAttention:
         self._kv = kv  # [N, L, 2, K, S, D]
         self._rows = rows
 
-    def run(self, layer: int, qkv: Tensor) -> Tensor:
-        """qkv [T, H + 2K, D], rotated; returns [T, H * D]."""
+    def run(self, layer: int, qkv: Tensor, spec: AttentionSpec, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """qkv [T, H + 2K, D], turn cos and sin [T, D / 2] or None; returns [T, H * D]."""
         kv_heads = self._kv.shape[3]
         heads = qkv.shape[1] - 2 * kv_heads
+        if turn is not None:
+            qkv = torch.cat((rotary(qkv[:, : heads + kv_heads], *turn), qkv[:, heads + kv_heads :]), dim=1)
         out = qkv.new_empty((qkv.shape[0], heads * qkv.shape[2]))  # [T, H * D]
         for row in self._rows:
             tokens = slice(row.offset, row.offset + row.num_tokens)
             query, keys, values = torch.split(qkv[tokens], [heads, kv_heads, kv_heads], dim=1)
             write_kv(self._kv, layer, row, keys, values)
-            out[tokens] = attention(query, self._kv, layer, row).flatten(1)
+            out[tokens] = attention(query, self._kv, layer, row, spec).flatten(1)
         return out
 
 

@@ -9,14 +9,30 @@ from typing import Protocol
 from torch import Tensor
 
 from . import cpu, reference
-from .batch import RowSpan
+from .batch import AttentionSpec, RowSpan
 
 
 class PagedAttention(Protocol):
     """Attention of one step over the paged cache; made once per step, run once per layer."""
 
-    def run(self, layer: int, qkv: Tensor) -> Tensor:
-        """Store the new keys and values of `layer`, then attend: [T, H + 2K, D] rotated -> [T, H * D]."""
+    def run(self, layer: int, qkv: Tensor, spec: AttentionSpec, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Rotate, store the new keys and values of `layer`, then attend.
+
+        qkv [T, H + 2K, D], query, key and value heads of every packed token, may be overwritten; turn is cos and
+        sin [T, D / 2] of the tokens' positions, None for models without rotary positions. Returns [T, H * D].
+        """
+        ...
+
+
+class Linear(Protocol):
+    """A weight in whatever order suits the device. Made from weight [outputs, inputs] and bias [outputs] or None."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y = x W' + b: [T, inputs] -> [T, outputs]."""
+        ...
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the weight, for a head that is also the embedding: index int64 [T] -> [T, inputs]."""
         ...
 
 
@@ -25,15 +41,33 @@ class Kernels:
     """What a model needs from a device. Shapes and meaning stand at the functions of `reference`.
 
     attention  from the pool kv[N, L, 2, K, S, D] and the rows of a step
+    linear     takes over weight and bias: the caller drops its own, so that no weight is held twice
     """
 
     attention: Callable[[Tensor, Sequence[RowSpan]], PagedAttention]
+    linear: Callable[[Tensor, Tensor | None], Linear]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
+    gelu_mul: Callable[[Tensor], Tensor]
 
 
 KERNELS: dict[str, Kernels] = {
-    "reference": Kernels(reference.ReferenceAttention, reference.rms_norm, reference.rotary, reference.silu_mul),
-    "cpu": Kernels(cpu.CpuAttention, cpu.rms_norm, cpu.rotary, cpu.silu_mul),
+    "reference": Kernels(
+        reference.ReferenceAttention,
+        reference.ReferenceLinear,
+        reference.rms_norm,
+        reference.add_rms_norm,
+        reference.silu_mul,
+        reference.gelu_mul,
+    ),
+    "cpu": Kernels(cpu.CpuAttention, reference.ReferenceLinear, cpu.rms_norm, cpu.add_rms_norm, cpu.silu_mul, cpu.gelu_mul),
 }
+
+
+def make_kernels(name: str, threads: int = 1, deterministic: bool = False) -> Kernels:
+    """The kernels of a backend by name, for an executor of `threads` threads.
+
+    deterministic  results of a row must not depend on the rows beside it
+    """
+    return KERNELS[name]

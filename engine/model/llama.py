@@ -9,6 +9,7 @@ of this rank, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...core.errors import ModelError
-from ...kernels.table import Kernels, PagedAttention
+from ...kernels.batch import AttentionSpec
+from ...kernels.table import Kernels, Linear, PagedAttention
 from ..checkpoint import Checkpoint
 from ..layers import ColumnLinear, RowLinear, load_column, load_row, rotary_tables, scaled_range
 from ..model_config import ModelConfig
@@ -43,41 +45,32 @@ class Llama:
     parallel: ParallelContext
     kernels: Kernels
     max_model_len: int
-    embedding: Tensor  # [V, E]
+    embedding: Tensor | None  # [V, E]; None when it is the head's weight
     layers: tuple[LlamaLayer, ...]
     norm: Tensor  # [E]
-    head: Tensor  # [V, E]; the embedding itself when tied
+    head: Linear  # E -> V
+    spec: AttentionSpec
     cos: Tensor
     sin: Tensor
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: PagedAttention, sampled: Tensor) -> Tensor:
         """Run one step: tokens, positions [T]; sampled [R] -> logits [R, V]."""
-        x = functional.embedding(tokens, self.embedding)  # [T, E]
-        cos, sin = self.cos[positions], self.sin[positions]  # [T, D / 2]
+        kernels, eps = self.kernels, self.config.norm_eps
+        x = self.head.rows(tokens) if self.embedding is None else functional.embedding(tokens, self.embedding)  # [T, E]
+        turn = self.cos[positions], self.sin[positions]  # [T, D / 2] each
         last = len(self.layers) - 1
+        normed = kernels.rms_norm(x, self.layers[0].attention_norm, eps)
         for index, layer in enumerate(self.layers):
-            mixed = self._attend(index, layer, x, cos, sin, attention)  # [T, H * D]
+            qkv = layer.qkv(normed).view(x.shape[0], -1, self.config.head_dim)  # [T, H + 2K, D]
+            mixed = attention.run(index, qkv, self.spec, turn)  # [T, H * D]
             if index == last and sampled.shape[0] < tokens.shape[0]:
                 # The KV of the last layer is stored; beyond that, only tokens that are sampled from matter.
                 x, mixed = x[sampled], mixed[sampled]
-            x = x + layer.output(mixed)
-            x = x + self._mlp(layer, x)
-        if not sampled.shape[0]:
-            return x.new_empty((0, self.config.vocab_size))
-        return functional.linear(self.kernels.rms_norm(x, self.norm, self.config.norm_eps), self.head)
-
-    def _attend(self, index: int, layer: LlamaLayer, x: Tensor, cos: Tensor, sin: Tensor, attention: PagedAttention) -> Tensor:
-        """x [T, E] -> [T, H * D], before the output projection."""
-        normed = self.kernels.rms_norm(x, layer.attention_norm, self.config.norm_eps)
-        qkv = layer.qkv(normed).view(x.shape[0], -1, self.config.head_dim)  # [T, H + 2K, D]
-        rotated = qkv[:, : -(self.config.num_kv_heads // self.parallel.size)]  # queries and keys: values are not turned
-        rotated.copy_(self.kernels.rotary(rotated, cos, sin))
-        return attention.run(index, qkv)
-
-    def _mlp(self, layer: LlamaLayer, x: Tensor) -> Tensor:
-        """x [T, E] -> [T, E]."""
-        normed = self.kernels.rms_norm(x, layer.mlp_norm, self.config.norm_eps)
-        return layer.down(self.kernels.silu_mul(layer.gate_up(normed)))
+            x, normed = kernels.add_rms_norm(x, layer.output(mixed), layer.mlp_norm, eps)
+            delta = layer.down(kernels.silu_mul(layer.gate_up(normed)))  # [T, E]
+            next_norm = self.norm if index == last else self.layers[index + 1].attention_norm
+            x, normed = kernels.add_rms_norm(x, delta, next_norm, eps)
+        return self.head(normed)
 
 
 def llama_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -116,16 +109,17 @@ def load_llama(
     checkpoint.require(llama_shapes(config))
     hidden = (config.hidden_size,)
     vocabulary = (config.vocab_size, config.hidden_size)
-    layers = tuple(_load_layer(config, checkpoint, index, dtype, parallel) for index in range(config.num_layers))
-    embedding = checkpoint.read("model.embed_tokens.weight", vocabulary, dtype)
-    head = embedding if config.tied_embeddings else checkpoint.read("lm_head.weight", vocabulary, dtype)
+    layers = tuple(_load_layer(config, checkpoint, index, dtype, kernels, parallel) for index in range(config.num_layers))
+    embedding = None if config.tied_embeddings else checkpoint.read("model.embed_tokens.weight", vocabulary, dtype)
+    head = checkpoint.read("model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight", vocabulary, dtype)
+    spec = AttentionSpec(1.0 / math.sqrt(config.head_dim))
     norm = checkpoint.read("model.norm.weight", hidden, dtype)
     cos, sin = rotary_tables(config, max_model_len, dtype)
-    return Llama(config, parallel, kernels, max_model_len, embedding, layers, norm, head, cos, sin)
+    return Llama(config, parallel, kernels, max_model_len, embedding, layers, norm, kernels.linear(head, None), spec, cos, sin)
 
 
 def _load_layer(
-    config: ModelConfig, checkpoint: Checkpoint, index: int, dtype: torch.dtype, parallel: ParallelContext
+    config: ModelConfig, checkpoint: Checkpoint, index: int, dtype: torch.dtype, kernels: Kernels, parallel: ParallelContext
 ) -> LlamaLayer:
     prefix, hidden = f"model.layers.{index}", config.hidden_size
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
@@ -136,9 +130,9 @@ def _load_layer(
     halves = [(f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner)]
     return LlamaLayer(
         attention_norm=checkpoint.read(f"{prefix}.input_layernorm.weight", (hidden,), dtype),
-        qkv=load_column(checkpoint, projections, hidden, config.attention_bias, dtype),
-        output=load_row(checkpoint, f"{attention}.o_proj", queries, hidden, config.attention_bias, dtype, parallel),
+        qkv=load_column(checkpoint, projections, hidden, config.attention_bias, dtype, kernels),
+        output=load_row(checkpoint, f"{attention}.o_proj", queries, hidden, config.attention_bias, dtype, kernels, parallel),
         mlp_norm=checkpoint.read(f"{prefix}.post_attention_layernorm.weight", (hidden,), dtype),
-        gate_up=load_column(checkpoint, halves, hidden, config.mlp_bias, dtype),
-        down=load_row(checkpoint, f"{mlp}.down_proj", inner, hidden, config.mlp_bias, dtype, parallel),
+        gate_up=load_column(checkpoint, halves, hidden, config.mlp_bias, dtype, kernels),
+        down=load_row(checkpoint, f"{mlp}.down_proj", inner, hidden, config.mlp_bias, dtype, kernels, parallel),
     )

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from baton.kernels import reference
-from baton.kernels.batch import RowSpan
+from baton.kernels.batch import AttentionSpec, RowSpan
 from torch.nn import functional
 
 
@@ -43,7 +43,7 @@ def test_attention_is_causal_attention_over_the_written_cache() -> None:
         row = RowSpan(0, length, start, table)
         tokens = slice(start, start + length)
         reference.write_kv(kv, 1, row, keys[tokens], values[tokens])
-        outputs.append(reference.attention(query[tokens], kv, 1, row))
+        outputs.append(reference.attention(query[tokens], kv, 1, row, AttentionSpec(8**-0.5)))
     expected = functional.scaled_dot_product_attention(
         query.transpose(0, 1),
         keys.repeat_interleave(3, 1).transpose(0, 1),
