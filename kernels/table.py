@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from . import cpu, reference
+from ..core.errors import Unavailable
+from . import cpu, native, reference
 from .batch import AttentionSpec, RowSpan
+
+logger = logging.getLogger("baton.kernels")
 
 
 class PagedAttention(Protocol):
@@ -68,6 +72,21 @@ KERNELS: dict[str, Kernels] = {
 def make_kernels(name: str, threads: int = 1, deterministic: bool = False) -> Kernels:
     """The kernels of a backend by name, for an executor of `threads` threads.
 
-    deterministic  results of a row must not depend on the rows beside it
+    name           of a row in `KERNELS`, "native", or "auto": native where it can be had, else cpu
+    deterministic  a token's result must not depend on the rows beside it, nor on whether it was prefilled or decoded
+    Raises Unavailable when the backend cannot be had here.
     """
-    return KERNELS[name]
+    if name not in ("auto", "native"):
+        if deterministic and name != "reference":
+            raise Unavailable(f"kernels {name!r} are not deterministic: their sums depend on the batch; use native")
+        return KERNELS[name]
+    try:
+        library = native.NativeLibrary(threads, deterministic)
+    except Unavailable as error:
+        if name == "native" or deterministic:
+            raise
+        logger.warning("native kernels are not to be had here, the slower kernels of torch serve instead: %s", error)
+        return KERNELS["cpu"]
+    return Kernels(
+        library.attention, library.linear, library.rms_norm, library.add_rms_norm, library.silu_mul, library.gelu_mul
+    )

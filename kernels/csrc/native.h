@@ -1,0 +1,63 @@
+// The plain C interface of the native kernels: what kernels/native.py calls. No type of torch or Python passes here.
+//
+// Every pointer is to memory that the caller owns. `type` is 0 for float32 and 1 for bfloat16 and holds for all
+// tensors of a call unless said otherwise. T tokens, E hidden size, H query heads, K KV heads, D head dimension.
+
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+struct BatonPool;
+
+// What the library was built for: 0 plain code, 1 AVX-512, 2 AVX-512 with bfloat16 dot products.
+int32_t baton_features();
+
+BatonPool* baton_pool_create(int32_t num_threads);
+void baton_pool_destroy(BatonPool* pool);
+
+// Words of 32 bits that the packed form of a weight [outputs, inputs] takes; 0 when it cannot be packed.
+int64_t baton_packed_words(int32_t type, int64_t outputs, int64_t inputs);
+void baton_pack(int32_t type, const void* weight, int64_t outputs, int64_t inputs, uint32_t* packed);
+// out[i] = row index[i] of the weight that was packed.
+void baton_unpack_rows(int32_t type, const uint32_t* packed, int64_t inputs, const int64_t* index, int64_t count, void* out);
+// out [T, outputs] = x [T, inputs] times the weight, plus bias [outputs] unless it is null.
+void baton_linear(BatonPool* pool, int32_t type, const void* x, int64_t tokens, const uint32_t* packed, int64_t inputs,
+                  int64_t outputs, const void* bias, void* out);
+
+// total = x + delta (where delta is not null), out = total / rms(total) * weight; x, delta, total, out [T, E].
+// `x_stride` is the number of elements from one row of x to the next.
+void baton_rms_norm(BatonPool* pool, int32_t type, const void* x, int64_t x_stride, const void* delta, const void* weight,
+                    float eps, int64_t tokens, int64_t size, void* total, void* out);
+// out [T, F] = activation(first half of the row) * second half; gate_up [T, 2F]; activation 0 is silu, 1 is gelu (tanh).
+void baton_gated(BatonPool* pool, int32_t type, int32_t activation, const void* gate_up, int64_t tokens, int64_t inner, void* out);
+
+// One row of a step. `packed` is -1 for a row that is attended in place, or where in `scratch` its keys and values go.
+struct BatonRow {
+    int64_t offset, num_tokens, start, table, packed;
+};
+
+struct BatonStep {
+    BatonPool* pool;
+    void* kv;  // [N, L, 2, K, S, D]
+    const BatonRow* rows;
+    const int32_t* tables;  // block tables one after the other; BatonRow.table is where a row's begins
+    uint32_t* scratch;
+    int64_t num_rows, num_layers, kv_heads, block_size, head_dim;
+    int32_t type;
+};
+
+struct BatonLayer {
+    int64_t layer, heads;
+    void* qkv;                   // [T, H + 2K, D]; queries are rotated in place
+    const void *cosine, *sine;  // [T, D / 2], or null
+    void* out;                   // [T, H * D]
+    int64_t window;              // 0 for none
+    float scale, softcap;        // softcap 0 for none
+};
+
+// Words of scratch that a packed row takes whose cache holds `context` tokens after the step.
+int64_t baton_packed_row_words(int32_t type, int64_t context, int64_t kv_heads, int64_t head_dim);
+void baton_attention(const BatonStep* step, const BatonLayer* layer);
+}
