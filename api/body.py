@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from ..core.errors import InvalidRequest
-from .openai_types import UNKNOWN_FIELD
+from .fields import UNKNOWN_FIELD
 from .validation import MAX_REQUEST_BYTES, shortened, shown
 
 BODY_TIMEOUT = 30.0  # seconds for a body to arrive

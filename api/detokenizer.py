@@ -73,11 +73,34 @@ class WindowDetokenizer:
         return new
 
 
-class StopStrings:
-    """Cuts text before the first stop string. Holds back what could be the beginning of one."""
+class KeepingDetokenizer:
+    """For text in which some special tokens mean something: they come out as they are, the rest is decoded between them."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, plain: Callable[[], Detokenizer], kept: Mapping[int, str]) -> None:
+        self._plain = plain
+        self._kept = kept
+        self._between = plain()
+
+    def push(self, token: int) -> str:
+        text = self._kept.get(token)
+        if text is None:
+            return self._between.push(token)
+        before, self._between = self._between.flush(), self._plain()
+        return before + text
+
+    def flush(self) -> str:
+        return self._between.flush()
+
+
+class StopStrings:
+    """Cuts text before (or, with `include`, after) the stop string that is complete first, the longest of several.
+
+    So the result does not depend on how the text comes in pieces. Holds back what could be the beginning of one.
+    """
+
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -85,9 +108,10 @@ class StopStrings:
         if not self._stops:
             return text, False
         self._held += text
-        cut = min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=-1)
-        if cut >= 0:
-            out, self._held = self._held[:cut], ""
+        met = min(((at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
+        if met is not None:
+            end, start = met
+            out, self._held = self._held[: end if self._include else start], ""
             return out, True
         keep = self._possible_start()
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import grpc
@@ -19,10 +19,12 @@ from ..proto import inference_pb2 as pb
 from ..proto import inference_pb2_grpc as rpc
 from ..router.readiness import Readiness
 from ..router.service import RouterService
+from .bad_words import bad_word_tokens
 from .chat import Message
 from .errors import grpc_status
 from .generation import Generation, Piece
 from .model_info import ModelInfo
+from .structured import Form, any_object_form, choice_form, grammar_form, regex_form, schema_form
 from .tokenizer import TextTokenizer
 from .validation import MAX_MESSAGES, MAX_REQUEST_BYTES, Parameters, check_length, check_model, to_submission
 
@@ -125,8 +127,14 @@ class InferenceFace(rpc.InferenceServicer):
     async def _start(self, request: pb.GenerateRequest, context: Context) -> Generation:
         check_model(request.model, self._model)
         parameters = _parameters(request, await self._prompt(request), context.time_remaining(), self._info.slo)
+        bad_words = await bad_word_tokens(request.sampling.bad_words, self._tokenizer)
+        parameters = replace(parameters, bad_words=bad_words)
+        form = _form(request)
+        if form is not None:
+            await self._tokenizer.grammars.check(form)
+            parameters = replace(parameters, grammar=form.grammar, grammar_field=form.field)
         submission = to_submission(parameters, self._model, self._service.membership.token_capacity())
-        return Generation(self._service, submission, parameters.stop, self._tokenizer)
+        return Generation(self._service, submission, parameters, self._tokenizer)
 
     async def _prompt(self, request: pb.GenerateRequest) -> tuple[int, ...]:
         match request.WhichOneof("input"):
@@ -193,13 +201,40 @@ def _parameters(request: pb.GenerateRequest, prompt: tuple[int, ...], timeout: f
         stop_token_ids=tuple(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        min_p=sampling.min_p if sampling.HasField("min_p") else None,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else None,
+        logit_bias=tuple(sampling.logit_bias.items()),
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
+        include_stop=request.include_stop_str_in_output,
         n=request.n or 1,
+        best_of=request.best_of or None,
         client_id=request.request_id,
         tenant=request.tenant,
         priority=request.priority,
         slo=slo,
         timeout=timeout,
     )
+
+
+def _form(request: pb.GenerateRequest) -> Form | None:
+    """What the output must match. Raises InvalidRequest."""
+    wanted, field = request.structured_output, "structured_output"
+    match wanted.WhichOneof("form"):
+        case "json_schema":
+            return schema_form(f"{field}.json_schema", wanted.json_schema)
+        case "json_object":
+            return any_object_form(f"{field}.json_object") if wanted.json_object else None
+        case "regex":
+            return regex_form(f"{field}.regex", wanted.regex)
+        case "choice":
+            return choice_form(f"{field}.choice", wanted.choice.texts)
+        case "grammar":
+            return grammar_form(f"{field}.grammar", wanted.grammar)
+    if request.HasField(field):
+        raise InvalidRequest(f"{field}: one of json_schema, json_object, regex, choice and grammar must be set", field)
+    return None
 
 
 def _response(generation: Generation, piece: Piece) -> pb.GenerateResponse:
@@ -210,6 +245,7 @@ def _response(generation: Generation, piece: Piece) -> pb.GenerateResponse:
         text=piece.text,
         logprobs=[_logprob(logprob) for logprob in piece.logprobs],
         finish_reason=piece.finish or "",
+        prompt_logprobs=[_logprob(logprob) for logprob in piece.prompt_logprobs],
     )
     if piece.finish is not None:
         stages = generation.stages(piece.index)

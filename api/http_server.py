@@ -8,6 +8,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import uvicorn
@@ -19,19 +20,22 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..core.errors import BatonError, Cancelled, InternalError, InvalidRequest
-from ..core.request import FinishReason, TokenLogprob
 from ..core.slo import Slo
 from ..observability.metrics import CONTENT_TYPE, Metrics
 from ..router.readiness import Readiness
 from ..router.service import RouterService
+from .bad_words import bad_word_tokens
 from .body import read_body
 from .errors import error_body, http_error
-from .generation import Generation, Piece, merged
+from .generation import Generation, Piece, joined, merged
 from .http_protocol import ImpatientProtocol
 from .model_info import ModelInfo
-from .openai_format import ChatStyle, CompletionStyle, Json, JsonObject, Style, model_entry, model_list, usage
+from .openai_format import ChatStyle, CompletionStyle, Json, JsonObject, PromptText, Style, model_entry, model_list, usage
 from .openai_types import ChatRequest, Common, CompletionRequest
+from .structured import Form
 from .tokenizer import TextTokenizer
+from .tool_style import ToolStyle
+from .tools import tool_format
 from .validation import Parameters, check_length, check_model, shown, to_submission
 
 _T = TypeVar("_T")
@@ -100,27 +104,46 @@ class HttpFace:
         check_model(body.model or "", self._model)
         timeout = _timeout(request)
         prompts = [await self._encode(prompt) for prompt in body.prompts()]
-        parameters = [body.parameters(prompt, timeout) for prompt in prompts]
-        return await self._answer(request, body, parameters, CompletionStyle(self._tokenizer, body.logprobs is not None))
+        parameters = [body.parameters(prompt.tokens, timeout) for prompt in prompts]
+        style = CompletionStyle(self._tokenizer, body, prompts)
+        return await self._answer(request, body, await self._formed(parameters, body.form()), style)
 
     async def _chat(self, request: Request) -> Response:
         body = await read_body(request, ChatRequest)
         body.check()
         check_model(body.model or "", self._model)
         timeout = _timeout(request)
-        messages = [message.plain() for message in body.messages]
+        messages = [message.plain(number) for number, message in enumerate(body.messages)]
+        use, form = body.tool_use(), body.form()
+        tools = () if use is None else use.tools
+        written = None
+        if tools or any(message.tool_calls or message.role == "tool" for message in messages):
+            written = tool_format(self._tokenizer.template, "tools" if tools else "messages")
         check_length(sum(self._tokenizer.least_tokens(each.content) for each in messages), self._model, "messages")
-        prompt = await self._tokenizer.encode_chat(messages)
-        parameters = [body.parameters(prompt, timeout)]
-        return await self._answer(request, body, parameters, ChatStyle(self._tokenizer, bool(body.logprobs)))
+        prompt = await self._tokenizer.encode_chat(messages, [tool.described() for tool in tools])
+        parameters, style = body.parameters(prompt, timeout), ChatStyle(self._tokenizer, body)
+        if use is not None and written is not None:
+            form = written.form(use, self._tokenizer.mark_id)
+            parameters, style = replace(parameters, kept_tokens=written.marks), ToolStyle(self._tokenizer, body, use, written)
+        return await self._answer(request, body, await self._formed([parameters], form), style)
 
-    async def _encode(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+    async def _encode(self, prompt: str | tuple[int, ...]) -> PromptText:
         if isinstance(prompt, tuple):
-            return prompt
+            return PromptText(None, prompt)
         check_length(self._tokenizer.least_tokens(prompt), self._model, "prompt")
-        return await self._tokenizer.encode(prompt)
+        return PromptText(prompt, await self._tokenizer.encode(prompt))
+
+    async def _formed(self, parameters: Sequence[Parameters], form: Form | None) -> Sequence[Parameters]:
+        """With what the output must match, once that was found possible."""
+        if form is None:
+            return parameters
+        await self._tokenizer.grammars.check(form)
+        return [replace(each, grammar=form.grammar, grammar_field=form.field) for each in parameters]
 
     async def _answer(self, request: Request, body: Common, parameters: Sequence[Parameters], style: Style) -> Response:
+        if body.bad_words:
+            bad_words = await bad_word_tokens(body.bad_words, self._tokenizer)
+            parameters = [replace(each, bad_words=bad_words) for each in parameters]
         answer = Answer(self._start(parameters), style, self._model.name, 1 if body.n is None else body.n)
         if not body.stream:
             return await _unless_disconnected(request, answer)
@@ -139,7 +162,7 @@ class HttpFace:
         generations: list[Generation] = []
         try:
             for submission, each in zip(submissions, parameters, strict=True):
-                generations.append(Generation(self._service, submission, each.stop, self._tokenizer))
+                generations.append(Generation(self._service, submission, each, self._tokenizer))
         except BatonError:
             for generation in generations:
                 generation.cancel()
@@ -170,21 +193,19 @@ class Answer:
     async def whole(self) -> JsonObject:
         """Wait for everything."""
         count = len(self.generations) * self.n
-        texts: list[list[str]] = [[] for _ in range(count)]
-        logprobs: list[list[TokenLogprob]] = [[] for _ in range(count)]
-        finishes = [FinishReason.ERROR] * count
+        parts: list[list[Piece]] = [[] for _ in range(count)]
         async for index, piece in self.pieces():
-            texts[index].append(piece.text)
-            logprobs[index].extend(piece.logprobs)
-            finishes[index] = piece.finish or finishes[index]
-        choices = [self.style.choice(i, "".join(texts[i]), logprobs[i], finishes[i]) for i in range(count)]
-        return {**self._envelope(self.style.object_name, choices), "usage": usage(self.generations, self.n)}
+            parts[index].append(piece)
+        pieces = [joined(each) for each in parts]
+        choices = [self.style.choice(index, piece) for index, piece in enumerate(pieces)]
+        answer = {**self._envelope(self.style.object_name, choices), "usage": usage(self.generations)}
+        return {**answer, **self.style.of_prompt(pieces[0])}
 
     def chunk(self, choice: JsonObject) -> JsonObject:
         return self._envelope(self.style.chunk_name, [choice])
 
     def usage_chunk(self) -> JsonObject:
-        return {**self._envelope(self.style.chunk_name, []), "usage": usage(self.generations, self.n)}
+        return {**self._envelope(self.style.chunk_name, []), "usage": usage(self.generations)}
 
     def _envelope(self, name: str, choices: Sequence[JsonObject]) -> JsonObject:
         return {"id": self.id, "object": name, "created": self._created, "model": self._model, "choices": choices}

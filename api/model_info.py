@@ -17,7 +17,7 @@ _FILES = ("*.json", "*.jinja", "*.model", "merges.txt")  # all that a router nee
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """temperature, top_p and top_k are the model's own defaults (generation_config.json)."""
+    """temperature and what follows are the model's own defaults (generation_config.json)."""
 
     name: str
     max_model_len: int
@@ -27,6 +27,8 @@ class ModelInfo:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def model_directory(spec: ModelSpec) -> Path:
@@ -55,10 +57,12 @@ def load_model_info(spec: ModelSpec, directory: Path) -> ModelInfo:
         max_model_len=limit,
         vocab_size=_integer(config, "vocab_size", directory),
         dtype=spec.dtype,
-        eos_token_ids=_eos(generation.get("eos_token_id", config.get("eos_token_id"))),
+        eos_token_ids=_eos(generation.get("eos_token_id")) or _eos(config.get("eos_token_id")),
         temperature=_number(generation.get("temperature"), 1.0),
         top_p=_number(generation.get("top_p"), 1.0),
         top_k=int(_number(generation.get("top_k"), 0)),
+        min_p=_number(generation.get("min_p"), 0.0),
+        repetition_penalty=_number(generation.get("repetition_penalty"), 1.0),
     )
 
 

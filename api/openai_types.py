@@ -2,47 +2,36 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from ..core.errors import InvalidRequest
-from .chat import Message
-from .validation import MAX_LOGPROBS, MAX_MESSAGES, Parameters, shortened
+from .chat_types import ChatMessage, ToolChoice, Tools, tool_use
+from .fields import FirstMistake, Many, Strict, Texts
+from .structured import (
+    Form,
+    ResponseFormat,
+    SchemaOrText,
+    StructuredOutputs,
+    choice_form,
+    format_form,
+    grammar_form,
+    only_one,
+    regex_form,
+    schema_form,
+)
+from .tools import ToolUse
+from .validation import MAX_BIASED_TOKENS, MAX_LOGPROBS, MAX_MESSAGES, Parameters, shown
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 MAX_PROMPTS = 128
 MAX_CHOICES = 1024  # prompts times n
-UNKNOWN_FIELD = "unknown_field"  # our own type of validation error
-
-_T = TypeVar("_T")
-
-
-class _FirstMistake(FailFast):
-    """One mistake is enough: a million of them must not cost a million errors. Hashable, as members of a union must be."""
-
-    __hash__ = object.__hash__
-
-
-Many = Annotated[list[_T], _FirstMistake()]
-Zero = Annotated[float, Field(ge=0, le=0)]  # penalties: accepted where they change nothing
-
-
-class Strict(BaseModel):
-    """No coercion, no unknown fields, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _knows_all(cls, value: object) -> object:
-        """Before pydantic looks, which would make an error for each of a million unknown fields."""
-        unknown = next((name for name in value if name not in cls.model_fields), None) if isinstance(value, dict) else None
-        if unknown is not None:
-            raise PydanticCustomError(UNKNOWN_FIELD, "{name}: this field is not supported", {"name": shortened(str(unknown))})
-        return value
+TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
 
 def _shape(value: object) -> str | None:
@@ -55,14 +44,6 @@ def _shape(value: object) -> str | None:
     return "<texts>" if isinstance(first, str) else "<lists>" if isinstance(first, list) else "<entries>"
 
 
-def _text_or_list(value: object) -> str | None:
-    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
-
-
-Texts = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[Many[str], Tag("<list>")],
-    Discriminator(_text_or_list, custom_error_type="union", custom_error_message="Input should be a string or a list of strings"),
-]
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]
     | Annotated[Many[str], Tag("<texts>")]
@@ -76,12 +57,23 @@ Prompt = Annotated[
 ]
 
 
+def _few(value: object) -> object:
+    """Before pydantic looks, which would make an error for each of a million entries."""
+    if isinstance(value, dict) and len(value) > MAX_BIASED_TOKENS:
+        message = "at most {allowed} tokens are allowed, not {count}"
+        raise PydanticCustomError("too_long", message, {"allowed": MAX_BIASED_TOKENS, "count": len(value)})
+    return value
+
+
+LogitBias = Annotated[dict[str, float], BeforeValidator(_few)]
+
+
 class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
 class Common(Strict):
-    """What both generation endpoints know. top_k, min_tokens, ignore_eos and stop_token_ids are extensions."""
+    """What both generation endpoints know. From top_k on they are extensions, under the names that vLLM gave them."""
 
     model: str | None = None
     max_tokens: int | None = None
@@ -93,9 +85,21 @@ class Common(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: LogitBias | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    bad_words: Many[str] | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: SchemaOrText | None = None
+    guided_regex: str | None = None
+    guided_choice: Many[str] | None = None
+    guided_grammar: str | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Many[int] | None = None
@@ -108,6 +112,20 @@ class Common(Strict):
         """Rules between fields. Raises InvalidRequest."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options: it is allowed with stream: true only", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("prompt_logprobs: they are not streamed; leave out stream: true", "prompt_logprobs")
+
+    def form(self) -> Form | None:
+        """What the output must match, None for anything. Raises InvalidRequest."""
+        forms = [
+            None if self.response_format is None else format_form("response_format", self.response_format),
+            None if self.structured_outputs is None else self.structured_outputs.form("structured_outputs"),
+            None if self.guided_json is None else schema_form("guided_json", self.guided_json),
+            None if self.guided_regex is None else regex_form("guided_regex", self.guided_regex),
+            None if self.guided_choice is None else choice_form("guided_choice", self.guided_choice),
+            None if self.guided_grammar is None else grammar_form("guided_grammar", self.guided_grammar),
+        ]
+        return only_one([form for form in forms if form is not None])
 
     def _common(self, prompt: tuple[int, ...], logprobs: int | None, timeout: float | None) -> Parameters:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -123,6 +141,13 @@ class Common(Strict):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=_logit_bias(self.logit_bias or {}),
+            prompt_logprobs=self.prompt_logprobs,
+            include_stop=bool(self.include_stop_str_in_output),
             n=1 if self.n is None else self.n,
             tenant=self.user or "",
             tenant_field="user",
@@ -135,10 +160,14 @@ class CompletionRequest(Common):
 
     prompt: Prompt
     logprobs: int | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    echo: bool | None = None
+    best_of: int | None = None
     suffix: None = None
-    logit_bias: None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
+            raise InvalidRequest(f"best_of: the best {self.n or 1} of {self.best_of} sequences cannot be streamed", "best_of")
 
     def prompts(self) -> list[str] | list[tuple[int, ...]]:
         """Texts or token ids, one entry per prompt. Raises InvalidRequest."""
@@ -150,56 +179,41 @@ class CompletionRequest(Common):
         count = len(self.prompt)
         if not 1 <= count <= MAX_PROMPTS:
             raise InvalidRequest(f"prompt: give 1 to {MAX_PROMPTS} prompts, not {count}", "prompt")
-        if count * (self.n or 1) > MAX_CHOICES:
-            raise InvalidRequest(f"n: {self.n} times {count} prompts are more than {MAX_CHOICES} choices", "n")
+        name, each = ("n", self.n or 1) if self.best_of is None else ("best_of", self.best_of)
+        if count * each > MAX_CHOICES:
+            raise InvalidRequest(f"{name}: {each} times {count} prompts are more than {MAX_CHOICES} choices", name)
         texts = [entry for entry in self.prompt if isinstance(entry, str)]
         return texts or [tuple(entry) for entry in self.prompt if isinstance(entry, list)]
 
     def parameters(self, prompt: tuple[int, ...], timeout: float | None) -> Parameters:
         parameters = self._common(prompt, self.logprobs, timeout)
-        return replace(parameters, default_max_tokens=COMPLETION_MAX_TOKENS)
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-Content = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[Many[TextPart], Tag("<list>")],
-    Discriminator(
-        _text_or_list, custom_error_type="union", custom_error_message="Input should be a string or a list of text parts"
-    ),
-]
-
-
-class ChatMessage(Strict):
-    """One message. The fields that only other APIs' answers carry may be null, so that answers can be sent back."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    refusal: None = None
-    tool_calls: None = None
-    function_call: None = None
-    audio: None = None
-    annotations: None = None
-
-    def plain(self) -> Message:
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(self.role, content)
+        parameters = replace(parameters, default_max_tokens=COMPLETION_MAX_TOKENS, best_of=self.best_of)
+        if not self.echo:
+            return parameters
+        wanted = max((count for count in (self.prompt_logprobs, self.logprobs) if count is not None), default=None)
+        parameters = replace(parameters, prompt_logprobs=wanted)
+        # Nothing but the prompt is asked for: how evaluations measure the likelihood of texts.
+        return replace(parameters, max_tokens=1, prompt_only=True) if self.max_tokens == 0 else parameters
 
 
 class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], _FirstMistake(), Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], FirstMistake(), Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    logit_bias: None = None
-    tools: None = None
-    tool_choice: Literal["none"] | None = None
-    response_format: None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    def tool_use(self) -> ToolUse | None:
+        """What it wants of tools. Raises InvalidRequest."""
+        use, form = tool_use(self.tools or (), self.tool_choice, self.parallel_tool_calls), self.form()
+        if use is not None and form is not None:
+            field = form.field.partition(".")[0]
+            raise InvalidRequest(f"{field}: it cannot be given together with tools, unless tool_choice is 'none'", field)
+        return use
 
     def check(self) -> None:
         super().check()
@@ -214,3 +228,11 @@ class ChatRequest(Common):
         if self.max_completion_tokens is None:
             return parameters
         return replace(parameters, max_tokens=self.max_completion_tokens, max_tokens_field="max_completion_tokens")
+
+
+def _logit_bias(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """Token ids come as the names of a JSON object's fields. Raises InvalidRequest."""
+    for name in biases:
+        if not TOKEN_ID.fullmatch(name):
+            raise InvalidRequest(f"logit_bias: {shown(name)} is no token id", "logit_bias")
+    return tuple((int(name), bias) for name, bias in biases.items())

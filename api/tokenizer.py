@@ -7,25 +7,36 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from ..core.errors import ModelError
 from .chat import ChatTemplate, Message
-from .detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from .detokenizer import ByteDetokenizer, Detokenizer, KeepingDetokenizer, WindowDetokenizer
 from .model_info import read_json
+from .structured import GrammarChecker
 
 LONG_TEXT = 20_000  # characters from which on encoding leaves the event loop
 
 
 class TextTokenizer:
-    """The tokenizer of the served model."""
+    """The tokenizer of the served model.
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+    template  None when the model has none
+    grammars  what checks structured output for this tokenizer
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate | None = None, grammars: GrammarChecker | None = None
+    ) -> None:
+        self.template = template
+        self.grammars = grammars or GrammarChecker(None)
         self._tokenizer = tokenizer
-        self._template = template
+        added = tokenizer.get_added_tokens_decoder()
+        self._specials = {entry.content: token for token, entry in added.items() if entry.special}
+        self._added = {entry.content: token for token, entry in added.items()}
         self._bytes = _byte_table(tokenizer)
         self._longest = _longest_token(tokenizer, self._bytes)
 
@@ -42,7 +53,8 @@ class TextTokenizer:
             tokenizer = _converted(directory)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return cls(tokenizer, ChatTemplate.load(directory, read_json(directory / "tokenizer_config.json")))
+        template = ChatTemplate.load(directory, read_json(directory / "tokenizer_config.json"))
+        return cls(tokenizer, template, GrammarChecker(path if path.is_file() else None))
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of `text`. Long texts are encoded on a thread, so that the loop goes on."""
@@ -54,22 +66,29 @@ class TextTokenizer:
         """A bound that costs nothing: `text` has at least this many tokens. 0 where the tokenizer allows no bound."""
         return len(text) // self._longest if self._longest else 0
 
-    async def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    async def encode_chat(self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] = ()) -> tuple[int, ...]:
         """Token ids of a conversation rendered with the model's chat template. Raises InvalidRequest."""
-        if self._template is None:
+        if self.template is None:
             raise ChatTemplate.missing()
-        return await self.encode(self._template.render(messages), add_special_tokens=False)
+        return await self.encode(self.template.render(messages, tools), add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of all `tokens` without special ones."""
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh incremental decoder for one sequence."""
-        if self._bytes is not None:
-            return ByteDetokenizer(self._bytes)
-        return WindowDetokenizer(self.decode)
+    def detokenizer(self, kept: Iterable[str] = ()) -> Detokenizer:
+        """A fresh incremental decoder for one sequence. `kept` special tokens have their text, unlike the others."""
+        texts = {self._specials[text]: text for text in kept if text in self._specials}
+        return KeepingDetokenizer(self._plain_detokenizer, texts) if texts else self._plain_detokenizer()
+
+    def mark_id(self, text: str) -> int | None:
+        """The token that a grammar has to name where it means this text; None where it can spell the text.
+
+        The grammar library takes added tokens in angle brackets as special ones, whatever the tokenizer says of them.
+        """
+        bracketed = text.startswith("<") and text.endswith(">")
+        return self._added.get(text) if bracketed else self._specials.get(text)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, special or not; empty for an id that no token has."""
@@ -81,6 +100,9 @@ class TextTokenizer:
     def token_text(self, token: int) -> str:
         """One token as text; bytes that are no character of their own become U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
+
+    def _plain_detokenizer(self) -> Detokenizer:
+        return WindowDetokenizer(self.decode) if self._bytes is None else ByteDetokenizer(self._bytes)
 
     def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         # Unlike `encode`, a batch lets other threads run meanwhile.

@@ -22,6 +22,12 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 256  # characters
 MAX_TEMPERATURE = 2.0
 MAX_STOP_TOKENS = 128
+MAX_PENALTY = 2.0  # of presence and frequency, as OpenAI has it
+MIN_REPETITION, MAX_REPETITION = 0.01, 100.0
+MAX_BIAS = 100.0
+MAX_BIASED_TOKENS = 1024
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LENGTH = 128  # characters
 MAX_PRIORITY = 1000
 MAX_MESSAGES = 4096
 MAX_REQUEST_BYTES = 16 << 20  # on the wire; a million token ids are 7 MB of JSON
@@ -34,8 +40,14 @@ class Parameters:
     """A request as a face understood it; None where the client said nothing.
 
     default_max_tokens  what None for `max_tokens` means before it is clipped to the model's limit; None: up to the limit
+    bad_words           the token sequences of all words, see `api.bad_words`
+    n, best_of          sequences to return, and to sample: those of the highest log probability per token are returned
+    include_stop        the text ends with the stop string that was met, not before it
+    prompt_only         the client wants to know of the prompt only: one token is sampled, and not returned
     prompt_field, max_tokens_field, tenant_field   how the client spells them, for messages
     timeout             seconds that the client is willing to wait
+    grammar             what the output must match (llguidance), checked before; grammar_field is what asked for it
+    kept_tokens         special tokens whose text belongs to the answer
     """
 
     prompt: tuple[int, ...]
@@ -52,13 +64,26 @@ class Parameters:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    prompt_logprobs: int | None = None
+    include_stop: bool = False
+    prompt_only: bool = False
     n: int = 1
+    best_of: int | None = None
     client_id: str = ""
     tenant: str = ""
     tenant_field: str = "tenant"
     priority: int = 0
     slo: Slo | None = None
     timeout: float | None = None
+    grammar: str | None = None
+    grammar_field: str = ""
+    kept_tokens: frozenset[str] = frozenset()
 
 
 def check_model(name: str, model: ModelInfo) -> None:
@@ -96,7 +121,10 @@ def to_submission(parameters: Parameters, model: ModelInfo, capacity: int | None
     _check_sampling(parameters, model, max_tokens)
     _check_stops(parameters.stop)
     _check_dealing(parameters)
-    eos = () if parameters.ignore_eos else model.eos_token_ids
+    _check_grammar(parameters, model)
+    num_sampled = _or(parameters.best_of, parameters.n)
+    # The end of a structured output is its EOS token, which nobody can wish away.
+    eos = () if parameters.ignore_eos and parameters.grammar is None else model.eos_token_ids
     sampling = SamplingParams(
         temperature=_or(parameters.temperature, model.temperature),
         top_k=_or(parameters.top_k, model.top_k),
@@ -104,13 +132,21 @@ def to_submission(parameters: Parameters, model: ModelInfo, capacity: int | None
         max_tokens=max_tokens,
         min_tokens=parameters.min_tokens,
         stop_token_ids=tuple(dict.fromkeys((*eos, *parameters.stop_token_ids))),
-        logprobs=parameters.logprobs,
+        logprobs=0 if parameters.logprobs is None and num_sampled > parameters.n else parameters.logprobs,
+        min_p=_or(parameters.min_p, model.min_p),
+        presence_penalty=parameters.presence_penalty,
+        frequency_penalty=parameters.frequency_penalty,
+        repetition_penalty=_or(parameters.repetition_penalty, model.repetition_penalty),
+        logit_bias=tuple(sorted(parameters.logit_bias)),
+        bad_words=parameters.bad_words,
+        prompt_logprobs=parameters.prompt_logprobs,
+        grammar=parameters.grammar,
     )
     return Submission(
         prompt=parameters.prompt,
         sampling=sampling,
         seed=parameters.seed,
-        n=parameters.n,
+        n=num_sampled,
         client_id=parameters.client_id,
         tenant=parameters.tenant,
         priority=parameters.priority,
@@ -165,12 +201,31 @@ def _check_sampling(parameters: Parameters, model: ModelInfo, max_tokens: int) -
     _in_range("seed", parameters.seed, 0, (1 << 63) - 1)
     _in_range("min_tokens", parameters.min_tokens, 0, max_tokens)
     _in_range("logprobs", parameters.logprobs, 0, MAX_LOGPROBS)
+    _in_range("prompt_logprobs", parameters.prompt_logprobs, 0, MAX_LOGPROBS)
     _in_range("n", parameters.n, 1, MAX_N)
+    _in_range("best_of", parameters.best_of, parameters.n, MAX_N)
+    _check_shaping(parameters, model)
     count = len(parameters.stop_token_ids)
     if count > MAX_STOP_TOKENS:
         raise InvalidRequest(f"stop_token_ids: at most {MAX_STOP_TOKENS} are allowed, not {count}", "stop_token_ids")
     for token in parameters.stop_token_ids:
         _in_range("stop_token_ids", token, 0, model.vocab_size - 1)
+
+
+def _check_shaping(parameters: Parameters, model: ModelInfo) -> None:
+    """What changes logits."""
+    _in_range("min_p", parameters.min_p, 0.0, 1.0)
+    _in_range("presence_penalty", parameters.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _in_range("frequency_penalty", parameters.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _in_range("repetition_penalty", parameters.repetition_penalty, MIN_REPETITION, MAX_REPETITION)
+    if len(parameters.logit_bias) > MAX_BIASED_TOKENS:
+        count = len(parameters.logit_bias)
+        raise InvalidRequest(f"logit_bias: at most {MAX_BIASED_TOKENS} tokens are allowed, not {count}", "logit_bias")
+    for token, bias in parameters.logit_bias:
+        if not 0 <= token < model.vocab_size:
+            message = f"logit_bias: token {shown(token)} is outside the vocabulary of {model.vocab_size} tokens"
+            raise InvalidRequest(message, "logit_bias")
+        _in_range("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
 
 
 def _check_stops(stops: tuple[str, ...]) -> None:
@@ -179,6 +234,17 @@ def _check_stops(stops: tuple[str, ...]) -> None:
     for stop in stops:
         if not 1 <= len(stop) <= MAX_STOP_LENGTH:
             raise InvalidRequest(f"stop: a stop string has 1 to {MAX_STOP_LENGTH} characters, not {len(stop)}", "stop")
+
+
+def _check_grammar(parameters: Parameters, model: ModelInfo) -> None:
+    if parameters.grammar is None:
+        return
+    if parameters.min_tokens:
+        message = f"min_tokens: {parameters.grammar_field} decides where the output ends; leave it out, or ask for 0"
+        raise InvalidRequest(message, "min_tokens")
+    if not model.eos_token_ids:
+        field = parameters.grammar_field
+        raise InvalidRequest(f"{field}: this model's config names no eos_token_id, by which structured output ends", field)
 
 
 def _check_dealing(parameters: Parameters) -> None:

@@ -1,4 +1,4 @@
-"""What the serving benchmarks share: the 110M model, a 1P1D cluster around it, and requests one at a time."""
+"""What the serving benchmarks share: models with random weights, clusters around them, and requests one at a time."""
 
 from __future__ import annotations
 
@@ -22,22 +22,33 @@ from baton.engine.random_model import make_model
 SLO = Slo(ttft=1.0, tpot=0.05, attainment=0.9)
 
 
-def model_110m() -> Path:
-    """The 110M Llama of the benchmarks (bf16, random weights), made once per machine."""
-    folder = Path(tempfile.gettempdir()) / f"baton-benchmark-models-{os.getuid()}" / "llama-110m"
+def random_model(size: str = "110M") -> Path:
+    """A Llama of the benchmarks (bf16, random weights; "110M" or "16M"), made once per machine."""
+    folder = Path(tempfile.gettempdir()) / f"baton-benchmark-models-{os.getuid()}" / f"llama-{size.lower()}"
     if not (folder / "done").exists():
-        make_model(folder, "110M", seed=1)
+        make_model(folder, size, seed=1)
         (folder / "done").touch()
     return folder
 
 
-def one_prefill_one_decode(transport: str = "auto") -> Topology:
+def one_prefill_one_decode(transport: str = "auto", model: Path | None = None) -> Topology:
     """1P1D on two cores: one thread each, blocks of 32 tokens."""
     pool = {"kv_memory_bytes": 512 << 20, "block_size": 32, "threads": 1, "max_num_seqs": 64, "max_step_tokens": 2048}
+    pools = (PoolSpec(Role.PREFILL, **pool), PoolSpec(Role.DECODE, **pool))  # type: ignore[arg-type]
+    return _topology(pools, model, transport)
+
+
+def one_mixed(model: Path | None = None) -> Topology:
+    """One worker that does both phases on two threads, chunks of prompts beside decode rows."""
+    pool = PoolSpec(Role.MIXED, kv_memory_bytes=1 << 30, block_size=32, threads=2, max_num_seqs=64, max_step_tokens=256)
+    return _topology((pool,), model)
+
+
+def _topology(pools: tuple[PoolSpec, ...], model: Path | None, transport: str = "auto") -> Topology:
     return Topology(
         cluster="benchmark",
-        model=ModelSpec(str(model_110m())),
-        pools=(PoolSpec(Role.PREFILL, **pool), PoolSpec(Role.DECODE, **pool)),  # type: ignore[arg-type]
+        model=ModelSpec(str(model or random_model()), max_model_len=2048),
+        pools=pools,
         slo=SLO,
         kv_transfer=KvTransferSpec(transport),
         router=RouterSpec(grpc="127.0.0.1:0", http="127.0.0.1:0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict, cast
 
@@ -28,7 +29,17 @@ class GenerateOptions(TypedDict, total=False):
     """What may be said about a request; what is left out, the server chooses.
 
     logprobs    report the sampled token's log probability and this many alternatives
+    min_p       drop tokens less likely than this share of the likeliest one's probability
+    presence_penalty, frequency_penalty  for tokens that were sampled before (-2 to 2): once, and for each time
+    repetition_penalty  above 1, makes tokens of the prompt and the output less likely
+    logit_bias  what is added to the logits of tokens (-100 to 100), by token id
+    bad_words   words that the output must not contain
+    prompt_logprobs  report the log probabilities of the prompt's tokens and this many alternatives
+    include_stop_str_in_output  the text ends with the stop string, not before it
+    json_schema, json_object, regex, choice, grammar  what the output must match; at most one of them: JSON of a schema
+                (as text, or as an object), any JSON object, a regular expression, one of some texts, a grammar (Lark, GBNF)
     n           sequences to generate
+    best_of     sequences to sample; the n of the highest log probability per token come back, when all have ended
     request_id  a name of your own, unique among running requests; `abort` takes it
     slo         objectives in seconds, where they differ from the cluster's
     timeout     seconds to wait; the server drops the request when they are over
@@ -43,8 +54,22 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
+    bad_words: str | Sequence[str]
+    prompt_logprobs: int
     stop: str | Sequence[str]
+    include_stop_str_in_output: bool
+    json_schema: str | Mapping[str, object]
+    json_object: bool
+    regex: str
+    choice: Sequence[str]
+    grammar: str
     n: int
+    best_of: int
     model: str
     request_id: str
     tenant: str
@@ -56,23 +81,45 @@ class GenerateOptions(TypedDict, total=False):
 def request_to(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
     """`prompt` is a text, token ids, or chat messages (`{"role": ..., "content": ...}`). Raises InvalidRequest."""
     _check_options(options)
-    stop = options.get("stop", ())
     try:
         message = pb.GenerateRequest(
             model=options.get("model", ""),
             request_id=options.get("request_id", ""),
             sampling=_sampling_to(options),
-            stop=(stop,) if isinstance(stop, str) else stop,
+            stop=_texts(options.get("stop", ())),
+            include_stop_str_in_output=options.get("include_stop_str_in_output", False),
             n=options.get("n", 1),
+            best_of=options.get("best_of", 0),
             tenant=options.get("tenant", ""),
             priority=options.get("priority", 0),
         )
         _set_prompt(message, prompt)
+        _set_form(message, options)
     except (ValueError, TypeError) as error:  # another type, or out of the wire type's range
         raise InvalidRequest(f"the request cannot be written: {error}") from error
     if "slo" in options:
         message.slo.ttft, message.slo.tpot = options["slo"].ttft, options["slo"].tpot
     return message
+
+
+def _set_form(message: pb.GenerateRequest, options: GenerateOptions) -> None:
+    """What the output must match."""
+    given = [name for name in ("json_schema", "json_object", "regex", "choice", "grammar") if name in options]
+    if len(given) > 1:
+        raise InvalidRequest(f"{given[1]}: it cannot be given together with {given[0]}", given[1])
+    wanted = message.structured_output
+    if "json_schema" in options:
+        schema = options["json_schema"]
+        wanted.json_schema = schema if isinstance(schema, str) else json.dumps(schema)
+    elif "json_object" in options:
+        wanted.json_object = options["json_object"]
+    elif "regex" in options:
+        wanted.regex = options["regex"]
+    elif "choice" in options:
+        wanted.choice.texts.extend(options["choice"])
+        wanted.choice.SetInParent()
+    elif "grammar" in options:
+        wanted.grammar = options["grammar"]
 
 
 def chunk_from(message: pb.GenerateResponse) -> Chunk:
@@ -86,6 +133,7 @@ def chunk_from(message: pb.GenerateResponse) -> Chunk:
         finish_reason=message.finish_reason or None,
         usage=_usage_from(message.usage) if last else None,
         stages=_stages_from(message.stages) if last else None,
+        prompt_logprobs=tuple(_logprob_from(logprob) for logprob in message.prompt_logprobs),
     )
 
 
@@ -154,8 +202,9 @@ def _check_options(options: GenerateOptions) -> None:
     if unknown is not None:
         allowed = ", ".join(GenerateOptions.__annotations__)
         raise InvalidRequest(f"{unknown}: there is no such option; there are {allowed}", unknown)
-    if options.get("n") == 0:
-        raise InvalidRequest("n: it must be at least 1, not 0", "n")
+    for name in ("n", "best_of"):
+        if options.get(name) == 0:
+            raise InvalidRequest(f"{name}: it must be at least 1, not 0", name)
     if "slo" in options and not isinstance(options["slo"], Slo):
         raise InvalidRequest(f"slo: give a baton.core.slo.Slo, not {options['slo']!r}", "slo")
 
@@ -188,7 +237,18 @@ def _sampling_to(options: GenerateOptions) -> pb.Sampling:
         stop_token_ids=options.get("stop_token_ids", ()),
         ignore_eos=options.get("ignore_eos", False),
         logprobs=options.get("logprobs"),
+        min_p=options.get("min_p"),
+        presence_penalty=options.get("presence_penalty", 0.0),
+        frequency_penalty=options.get("frequency_penalty", 0.0),
+        repetition_penalty=options.get("repetition_penalty"),
+        logit_bias=options.get("logit_bias", {}),
+        bad_words=_texts(options.get("bad_words", ())),
+        prompt_logprobs=options.get("prompt_logprobs"),
     )
+
+
+def _texts(value: str | Sequence[str]) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else value
 
 
 def _joined(chunks: Sequence[Chunk]) -> Completion:
@@ -204,6 +264,7 @@ def _joined(chunks: Sequence[Chunk]) -> Completion:
         finish_reason=last.finish_reason,
         usage=last.usage,
         stages=last.stages,
+        prompt_logprobs=chunks[0].prompt_logprobs,
     )
 
 

@@ -37,7 +37,10 @@ class Stages:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What is new for one sequence. `finish_reason`, `usage` and `stages` come with its last chunk only."""
+    """What is new for one sequence. `finish_reason`, `usage` and `stages` come with its last chunk only.
+
+    `prompt_logprobs` come with its first chunk, where they were asked for: of every prompt token but the first.
+    """
 
     request_id: str
     index: int
@@ -47,11 +50,15 @@ class Chunk:
     finish_reason: str | None
     usage: Usage | None
     stages: Stages | None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One finished sequence. `finish_reason` is `stop` or `length`."""
+    """One finished sequence. `finish_reason` is `stop` or `length`.
+
+    `prompt_logprobs` are those of every prompt token but the first, where they were asked for.
+    """
 
     request_id: str
     index: int
@@ -61,6 +68,7 @@ class Completion:
     finish_reason: str
     usage: Usage
     stages: Stages
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,14 @@ class SamplingParams:
     stop_token_ids  end the sequence; the token is part of the output, its text is not. The faces put the
                  model's EOS ids here unless the client asked to ignore them
     logprobs     None, or how many of the likeliest alternatives to report with the sampled token (0..20)
+    min_p        drop tokens less likely than this share of the likeliest one's probability; 0 keeps all
+    presence_penalty, frequency_penalty  taken off the logit of a token that was sampled before: once, and for each time
+    repetition_penalty  divides the positive logits of tokens of the prompt and the output, multiplies negative ones
+    logit_bias   (token, added to its logit) pairs
+    bad_words    token sequences that the output must not contain
+    prompt_logprobs  None, or how many of the likeliest alternatives to report with every prompt token (0..20)
+    grammar      what the output must match, as the grammar library (llguidance) writes it; None: anything. Stop tokens
+                 are banned until it matches, and nothing else is allowed once it can only end
     """
 
     temperature: float = 1.0
@@ -67,10 +75,28 @@ class SamplingParams:
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    prompt_logprobs: int | None = None
+    grammar: str | None = None
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether logits depend on which tokens came before, and how often."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
+    @property
+    def shaped(self) -> bool:
+        """Whether logits are changed by something that the executor keeps for the attempt (`core.step.RowNeeds`)."""
+        return self.penalised or bool(self.logit_bias or self.bad_words)
 
 
 @dataclass(frozen=True, slots=True)

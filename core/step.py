@@ -13,6 +13,20 @@ from .request import Attempt, FinishReason, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
+class RowNeeds:
+    """What a row brings for sampling that looks at more than its logits.
+
+    history  every token of the sequence up to the last one fed, prompt first: on the first row that samples after the
+             sequence came here or was started over. The executor keeps what it needs of it and adds what it samples
+             itself, so that it knows the tokens of pending rows too. None on later rows: the executor has it
+    targets  the prompt tokens that follow the first fed ones, one by one: their log probabilities are asked for
+    """
+
+    history: tuple[int, ...] | None = None
+    targets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StepRow:
     """One sequence's share of a step.
 
@@ -22,6 +36,8 @@ class StepRow:
     block_table  blocks of the sequence in order, covering at least start + num_tokens slots
     sample       whether to sample after the last token fed
     output_index which output token that is (0 is the first): part of the generator's key
+    needs        None for the many rows whose sampling needs nothing but the logits
+    output       the output tokens that are known; told only to rows that sample under a grammar
     """
 
     attempt: Attempt
@@ -32,6 +48,8 @@ class StepRow:
     output_index: int
     sample: bool
     pending: bool = False
+    needs: RowNeeds | None = None
+    output: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -57,10 +75,16 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class RowOutput:
-    """Tokens sampled for one row: none for an unfinished chunk, one for decode, more with speculation."""
+    """Tokens sampled for one row: none for an unfinished chunk, one for decode, more with speculation.
+
+    `prompt_logprobs` answers `RowNeeds.targets`, one by one. `error` says why no token can be sampled for this
+    sequence, now or ever; other rows are not concerned.
+    """
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +98,17 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """Tokens of one sequence made by one step; `position` is the output index of the first of them."""
+    """Tokens of one sequence made by one step; `position` is the output index of the first of them.
+
+    `prompt_logprobs` come with output token 0, for every prompt token but the first.
+    """
 
     attempt: Attempt
     position: int
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,4 +131,12 @@ class PreemptedEvent:
     attempt: Attempt
 
 
-SequenceEvent = TokenEvent | ComputedEvent | PreemptedEvent
+@dataclass(frozen=True, slots=True)
+class FailedEvent:
+    """The sequence cannot go on here or anywhere else: it has left this worker."""
+
+    attempt: Attempt
+    reason: str
+
+
+SequenceEvent = TokenEvent | ComputedEvent | PreemptedEvent | FailedEvent

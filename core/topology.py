@@ -10,13 +10,21 @@ from .view import Role
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """path is a Hugging Face directory, or a hub id (then `revision` applies). max_model_len None takes the model's own limit."""
+    """What is served.
+
+    path           a Hugging Face directory, or a hub id (then `revision` applies)
+    max_model_len  None takes the model's own limit
+    kernels        `auto` (the fastest to be had) or the name of a backend
+    deterministic  results of a request do not depend on what runs beside it, nor on interruptions; slower
+    """
 
     path: str
     revision: str | None = None
     dtype: str = "bfloat16"
     max_model_len: int | None = None
     name: str | None = None
+    kernels: str = "auto"
+    deterministic: bool = False
 
     @property
     def served_name(self) -> str:

@@ -54,6 +54,7 @@ class DecodeWorker(WorkerCore):
             case "reserve":
                 spec = spec_from(message.reserve.sequence, now, hand_over=False)
                 self.sessions.own(spec.attempt, session)
+                self.prepare(spec)
                 source = worker_from(message.reserve.source)
                 self._perform(self._receiver.handle(ho.ReserveAsked(now, spec, source)))
             case "abort":

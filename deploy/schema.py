@@ -23,6 +23,7 @@ _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _PLACEMENTS = ("pack", "strict_pack", "spread", "strict_spread")
 _LAUNCHERS = ("ray", "subprocess")
 _DTYPES = ("float32", "bfloat16", "float16")
+_KERNELS = ("auto", "native", "cpu", "reference")
 
 
 def _one_of(names: tuple[str, ...]) -> AfterValidator:
@@ -95,6 +96,8 @@ class ModelSection(_Section):
         default=None, description="a whole number from 2 to 16777216"
     )
     name: _Text | None = Field(default=None, description="a non-empty text")
+    kernels: Annotated[str, _one_of(_KERNELS), Field(description=_said(_KERNELS))] = "auto"
+    deterministic: _Switch = False
 
 
 class SloSection(_Section):

@@ -81,6 +81,8 @@ def dump_topology(topology: Topology) -> str:
         "dtype": topology.model.dtype,
         "max_model_len": topology.model.max_model_len,
         "name": topology.model.name,
+        "kernels": topology.model.kernels,
+        "deterministic": topology.model.deterministic,
     }
     ray: dict[str, YamlValue] = {"placement": topology.ray_placement}
     if topology.ray_address is not None:
@@ -144,6 +146,8 @@ def _to_topology(section: TopologySection, folder: Path) -> Topology:
             section.model.dtype,
             section.model.max_model_len,
             section.model.name,
+            section.model.kernels,
+            section.model.deterministic,
         ),
         pools=tuple(_to_pool(role, pool) for role, pool in pools.items() if pool is not None),
         slo=Slo(**section.slo.model_dump()),

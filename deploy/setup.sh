@@ -23,6 +23,10 @@ fi
     -r requirements.txt
 .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
 
+# The CPU kernels, for this machine's processor; without a C++ compiler the slower kernels of torch serve.
+.venv/bin/python -c 'from baton.kernels.native_build import build_native; build_native()' ||
+    echo "The native kernels were not built; install g++ 12 or newer for more speed." >&2
+
 # Compile what the processes of a cluster import: each of them would otherwise do it at its first start, and at every
 # start where PYTHONDONTWRITEBYTECODE is set. One import costs a few seconds; Ray's own processes gain as much as ours.
 env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -P -W ignore - <<'COMPILE'

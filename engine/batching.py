@@ -10,20 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ..core.step import PreemptedEvent, StepRow
+from ..core.step import PreemptedEvent, RowNeeds, StepRow
 from .blocks import BlockPool
 from .phases import Phases
 from .sequence import Phase, SequenceState
 
+KNOWN = RowNeeds()  # the executor has all it needs
+
 
 @dataclass(slots=True)
 class Batch:
-    """A plan in the making. `budget` and `seats` are the tokens and rows that are left."""
+    """A plan in the making. `budget` and `seats` are the tokens and rows that are left.
+
+    reports  prompt tokens that may still be reported in this step
+    """
 
     step: int
     now: float
     budget: int
     seats: int
+    reports: int
     rows: list[StepRow] = field(default_factory=list)
     sequences: list[SequenceState] = field(default_factory=list)
 
@@ -47,6 +53,8 @@ class Batch:
                 output_index=sequence.num_output + sequence.num_placeholders,
                 sample=sample,
                 pending=pending,
+                needs=self._needs(sequence, start, end, sample) if sequence.has_needs else None,
+                output=tuple(sequence.output) if sample and sequence.spec.sampling.grammar is not None else (),
             )
         )
         self.sequences.append(sequence)
@@ -59,6 +67,30 @@ class Batch:
         if sample:
             sequence.num_placeholders += 1
             sequence.last_sampled_step = self.step
+
+    def add_prompt(self, sequence: SequenceState) -> None:
+        """Feed as much of the known tokens of `sequence` as the batch has room for, which may be nothing."""
+        num_tokens = min(sequence.num_remaining, self.budget)
+        if sequence.reports_prompt:
+            # The last token of the prompt has no target: feeding it is free.
+            rest = sequence.num_remaining
+            num_tokens = min(num_tokens, self.reports + (rest == self.reports + 1))
+        if num_tokens > 0:
+            self.add(sequence, num_tokens)
+
+    def _needs(self, sequence: SequenceState, start: int, end: int, sample: bool) -> RowNeeds | None:
+        """What the executor is to be told beside the tokens of a row. Asked before the row counts as planned."""
+        sampling = sequence.spec.sampling
+        targets: tuple[int, ...] = ()
+        if sequence.reports_prompt:
+            targets = sequence.spec.prompt[start + 1 : end + 1]
+            self.reports -= len(targets)
+        if not (sample and sampling.shaped):
+            return RowNeeds(targets=targets) if targets else None
+        if sequence.history_given:
+            return KNOWN
+        sequence.history_given = True
+        return RowNeeds(tuple(sequence.tokens), targets)
 
 
 class Batcher:
@@ -97,9 +129,9 @@ class Batcher:
                 return
             num_tokens = min(sequence.num_remaining, batch.budget)
             if sequence.phase is Phase.RUNNING and self._make_room(sequence, num_tokens):
-                batch.add(sequence, num_tokens)
+                batch.add_prompt(sequence)
         while not batch.full and (started := self._start_next()) is not None:
-            batch.add(started, min(started.num_remaining, batch.budget))
+            batch.add_prompt(started)
 
     # ---- blocks --------------------------------------------------------------------------------
 
@@ -119,7 +151,9 @@ class Batcher:
         overtaken = self._phases.waiting_before(head)
         pool = self._pool
         # At least one token must be left to compute: its logits are what is sampled from.
-        hits = pool.lookup_hashes(head.hashes((len(head.tokens) - 1) // pool.block_size)) if self._prefix_cache else ()
+        # A prompt whose log probabilities are asked for is computed as a whole.
+        cached = self._prefix_cache and not head.reports_prompt
+        hits = pool.lookup_hashes(head.hashes((len(head.tokens) - 1) // pool.block_size)) if cached else ()
         missing = pool.num_blocks_for(len(head.tokens)) - len(hits)
         # The last sequences of a pool need no reserve for others: without this rule a long one might never start.
         reserve = self._reserve if len(self._phases.running) else 0

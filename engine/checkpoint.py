@@ -7,7 +7,7 @@ damaged or foreign folder is refused before any work.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,16 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
+class TensorSlice(Protocol):
+    """A tensor of a file, not yet read."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+    def __getitem__(self, index: slice | tuple[slice, slice]) -> Tensor: ...
+
+
 class Checkpoint:
     """Reads tensors by name. Files are mapped, so only what is read costs memory."""
 
@@ -28,24 +38,25 @@ class Checkpoint:
         self._folder = folder
         self._files = _locate(folder)
         self._open = {file: _open(file) for file in sorted(set(self._files.values()))}
+        self._names = {file: frozenset(opened.keys()) for file, opened in self._open.items()}
 
     def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ModelError, listing all that is wrong, unless every tensor is there with its shape."""
         problems = []
         for name, shape in shapes.items():
-            file = self._files.get(name)
-            if file is None or name not in self._open[file].keys():  # noqa: SIM118 (not a dict)
-                where = file if file is not None else self._folder
-                problems.append(f"{where}: tensor {name} is missing; it must have shape {list(shape)}")
-            elif (found := tuple(self._open[file].get_slice(name).get_shape())) != shape:
-                problems.append(f"{file}: tensor {name} has shape {list(found)}; config.json asks for {list(shape)}")
-        if problems:
-            more = f"\n... and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise ModelError("\n".join(problems[:8]) + more)
+            if not self.holds(name):
+                packed = f"{name.removesuffix('.weight')}.qweight"
+                hint = (
+                    f" ({packed} is there: config.json must describe it under quantization_config)" if self.holds(packed) else ""
+                )
+                problems.append(f"{self.place(name)}: tensor {name} is missing; it must have shape {list(shape)}{hint}")
+            elif (found := tuple(self.part(name).get_shape())) != shape:
+                problems.append(f"{self.place(name)}: tensor {name} has shape {list(found)}; config.json asks for {list(shape)}")
+        refuse(problems)
 
     def read_into(self, out: Tensor, name: str, share: range | None = None, axis: int = 0) -> None:
         """Copy tensor `name` into `out`, converted to its type; only indices `share` of `axis` when given."""
-        part = self._open[self._files[name]].get_slice(name)
+        part = self.part(name)
         if share is None:
             tensor = part[:]
         elif axis == 0:
@@ -59,6 +70,24 @@ class Checkpoint:
         out = torch.empty(shape, dtype=dtype)
         self.read_into(out, name)
         return out
+
+    def holds(self, name: str) -> bool:
+        return name in self._files and name in self._names[self._files[name]]
+
+    def place(self, name: str) -> Path:
+        """The file that holds a tensor, or else the folder: where a message should point."""
+        return self._files.get(name, self._folder)
+
+    def part(self, name: str) -> TensorSlice:
+        """A tensor that is there, to read pieces of."""
+        return self._open[self._files[name]].get_slice(name)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise ModelError that lists what is wrong, if anything is."""
+    if problems:
+        more = f"\n... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ModelError("\n".join(problems[:8]) + more)
 
 
 def _locate(folder: Path) -> dict[str, Path]:
@@ -79,20 +108,12 @@ def _locate(folder: Path) -> dict[str, Path]:
     return located
 
 
-class _Slice(Protocol):
-    """A tensor of a file, not yet read."""
-
-    def get_shape(self) -> list[int]: ...
-
-    def __getitem__(self, index: slice | tuple[slice, slice]) -> Tensor: ...
-
-
 class _SafeFile(Protocol):
     """The typed face of `safe_open`."""
 
     def keys(self) -> list[str]: ...
 
-    def get_slice(self, name: str) -> _Slice: ...
+    def get_slice(self, name: str) -> TensorSlice: ...
 
 
 def _open(file: Path) -> _SafeFile:

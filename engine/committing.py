@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..core.errors import InternalError
-from ..core.step import ComputedEvent, RowOutput, SequenceEvent, StepOutput, StepPlan, StepRow, TokenEvent
+from ..core.step import ComputedEvent, FailedEvent, RowOutput, SequenceEvent, StepOutput, StepPlan, StepRow, TokenEvent
 from .blocks import BlockPool
 from .phases import Phases
 from .sequence import Phase, SequenceState
@@ -25,6 +25,8 @@ class Committer:
         if sequence.phase is not Phase.ENDED:
             sequence.num_computed = row.end
             self.publish(sequence)
+            if output.prompt_logprobs:
+                sequence.prompt_logprobs += output.prompt_logprobs
             if row.sample:
                 events = self._sampled(sequence, row, output)
             elif sequence.spec.hand_over:
@@ -42,6 +44,9 @@ class Committer:
             sequence.num_published = num_full
 
     def _sampled(self, sequence: SequenceState, row: StepRow, output: RowOutput) -> list[SequenceEvent]:
+        if output.error:
+            self._phases.end(sequence)
+            return [FailedEvent(row.attempt, output.error)]
         position = sequence.num_output
         finish = None
         num_taken = 0
@@ -51,7 +56,9 @@ class Committer:
         sequence.num_placeholders -= 1
         if num_taken > 1 and finish is None and sequence.num_placeholders > 0:
             raise InternalError(f"{row.attempt}: {num_taken} tokens came for a row whose next row was planned for one")
-        event = TokenEvent(row.attempt, position, output.tokens[:num_taken], output.logprobs[:num_taken], finish)
+        tokens, logprobs, of_prompt = output.tokens[:num_taken], output.logprobs[:num_taken], tuple(sequence.prompt_logprobs)
+        sequence.prompt_logprobs.clear()
+        event = TokenEvent(row.attempt, position, tokens, logprobs, finish, of_prompt)
         if finish is not None:
             self._phases.end(sequence)
             return [event]
@@ -74,6 +81,6 @@ def check_output(plan: StepPlan, sequences: Sequence[SequenceState], output: Ste
             f"the output of step {output.step} with {len(output.rows)} rows cannot answer plan {plan.step} with {len(plan.rows)}"
         )
     for row, sequence, answer in zip(plan.rows, sequences, output.rows, strict=True):
-        if sequence.phase is not Phase.ENDED and row.sample != bool(answer.tokens):
+        if sequence.phase is not Phase.ENDED and row.sample != bool(answer.tokens or answer.error):
             wanted = "at least one token" if row.sample else "no token"
             raise InternalError(f"step {plan.step}, {row.attempt}: {wanted} expected, the executor returned {answer.tokens}")

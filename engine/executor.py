@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -19,10 +20,14 @@ from ..core.kv import KVLayout
 from ..core.request import Attempt, SamplingParams
 from ..core.step import RowOutput, StepOutput, StepPlan, StepRow
 from ..kernels.batch import RowSpan
+from .grammar import Constraints, Grammars
 from .model.interface import CausalModel
-from .sampler import sample
+from .sampler import prompt_logprobs, sample
+from .shaping import Shaper
 
-MAX_LAST_TOKENS = 1 << 16  # attempts whose last token is remembered: a bound for owners that never call `forget`
+# Attempts that are remembered: bounds for owners that never call `forget`.
+MAX_LAST_TOKENS = 1 << 16
+MAX_SHAPERS = 1 << 12
 
 
 class Executor(Protocol):
@@ -45,9 +50,18 @@ class TorchExecutor:
     """Runs a torch model over one pool of KV.
 
     step_delay  seconds added to every step, to play slow hardware
+    grammars    the model's; without them a sequence that asks for one fails
     """
 
-    def __init__(self, model: CausalModel, kv: Tensor, layout: KVLayout, threads: int = 1, step_delay: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: CausalModel,
+        kv: Tensor,
+        layout: KVLayout,
+        threads: int = 1,
+        step_delay: float = 0.0,
+        grammars: Grammars | None = None,
+    ) -> None:
         if kv.shape[1:] != (layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim):
             raise InternalError(f"a KV tensor of shape {list(kv.shape)} does not have the layout {layout}")
         self._model = model
@@ -55,6 +69,8 @@ class TorchExecutor:
         self._layout = layout
         self._step_delay = step_delay
         self._last: dict[Attempt, int] = {}  # the last token sampled for an attempt, oldest entries first
+        self._shapers: dict[Attempt, Shaper] = {}  # of the attempts whose logits depend on their tokens, oldest first
+        self._constraints = Constraints(grammars)
         self._thread = ThreadPoolExecutor(1, "executor", initializer=torch.set_num_threads, initargs=(threads,))
 
     def submit(self, plan: StepPlan) -> Future[StepOutput]:
@@ -67,13 +83,14 @@ class TorchExecutor:
 
     def forget(self, attempt: Attempt) -> None:
         try:
-            self._thread.submit(self._last.pop, attempt, None)
+            self._thread.submit(self._forget, attempt)
         except RuntimeError:
             return  # closed: nothing is remembered any more
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._last.clear()
+        self._shapers.clear()
         self._kv = None  # the pool's memory may be closed now
 
     def warm_up(self, max_step_tokens: int = 512) -> list[tuple[StepPlan, float]]:
@@ -100,7 +117,6 @@ class TorchExecutor:
     def _step(self, plan: StepPlan) -> tuple[RowOutput, ...]:
         if self._kv is None:
             raise InternalError(f"step {plan.step} ran after the executor was closed")
-        outputs = [RowOutput()] * len(plan.rows)
         if not plan.rows:
             return ()
         spans: list[RowSpan] = []
@@ -110,19 +126,36 @@ class TorchExecutor:
             spans.append(self._span(row, len(tokens)))
             tokens += self._tokens(row)
             positions += range(row.start, row.end)
-        sampled = [i for i, row in enumerate(plan.rows) if row.sample]
+        places: list[int] = []  # packed tokens whose logits are wanted, ascending
+        last: list[int] = []  # of those, the ones that are sampled from
+        for row, span in zip(plan.rows, spans, strict=True):
+            if row.needs is not None and row.needs.targets:
+                places += range(span.offset, span.offset + len(row.needs.targets))
+            if row.sample:
+                last.append(len(places))
+                places.append(span.offset + span.num_tokens - 1)
         attention = self._model.kernels.attention(self._kv, spans)
         logits = self._model.forward(
-            torch.tensor(tokens),
-            torch.tensor(positions),
-            attention,
-            torch.tensor([spans[i].offset + spans[i].num_tokens - 1 for i in sampled], dtype=torch.int64),
+            torch.tensor(tokens), torch.tensor(positions), attention, torch.tensor(places, dtype=torch.int64)
         )
-        if sampled:
-            for i, output in zip(sampled, sample(logits, [plan.rows[i] for i in sampled]), strict=True):
-                outputs[i] = output
-                self._remember(plan.rows[i].attempt, output.tokens[-1])
-        return tuple(outputs)
+        if len(last) == len(places):
+            return self._sample(plan.rows, logits)
+        sampled = self._sample(plan.rows, logits[last])
+        return _with_prompts(plan.rows, sampled, logits)
+
+    def _sample(self, rows: Sequence[StepRow], logits: Tensor) -> tuple[RowOutput, ...]:
+        """logits [R, V], one for each of `rows` that samples: their tokens, and nothing for the others."""
+        sampling = [row for row in rows if row.sample]
+        if not sampling:
+            return (RowOutput(),) * len(rows)
+        shapers = {i: self._shaper(row) for i, row in enumerate(sampling) if row.needs is not None and row.sampling.shaped}
+        made = sample(logits, sampling, self._constraints.masks(sampling, self._last), shapers)
+        for row, output in zip(sampling, made, strict=True):
+            self._remember(row.attempt, output.tokens[-1])
+        for i, shaper in shapers.items():
+            shaper.append(made[i].tokens[-1])
+        taken = iter(self._constraints.take(sampling, made))
+        return tuple(next(taken) if row.sample else RowOutput() for row in rows)
 
     def _span(self, row: StepRow, offset: int) -> RowSpan:
         """Check a row and describe it to the kernels."""
@@ -144,11 +177,42 @@ class TorchExecutor:
             raise InternalError(f"row of {row.attempt} is pending, but no token was sampled for that attempt here")
         return (token,)
 
+    def _shaper(self, row: StepRow) -> Shaper:
+        """Made from the history that the row brings, or by an earlier row."""
+        history = None if row.needs is None else row.needs.history
+        if history is not None:
+            self._shapers.pop(row.attempt, None)
+            self._shapers[row.attempt] = Shaper(row.sampling, history, row.output_index)
+            if len(self._shapers) > MAX_SHAPERS:
+                del self._shapers[next(iter(self._shapers))]
+        shaper = self._shapers.get(row.attempt)
+        if shaper is None:
+            raise InternalError(f"row of {row.attempt} is sampled by its tokens, but no row has brought them here")
+        return shaper
+
+    def _forget(self, attempt: Attempt) -> None:
+        self._last.pop(attempt, None)
+        self._shapers.pop(attempt, None)
+        self._constraints.forget(attempt)
+
     def _remember(self, attempt: Attempt, token: int) -> None:
         self._last.pop(attempt, None)
         self._last[attempt] = token
         if len(self._last) > MAX_LAST_TOKENS:
             del self._last[next(iter(self._last))]
+
+
+def _with_prompts(rows: Sequence[StepRow], outputs: Sequence[RowOutput], logits: Tensor) -> tuple[RowOutput, ...]:
+    """Add what is asked of the prompts: logits [N, V] hold, row by row, those of the targets and then the one sampled from."""
+    answers, at = [], 0
+    for row, output in zip(rows, outputs, strict=True):
+        targets = () if row.needs is None else row.needs.targets
+        if targets:
+            of_prompt = prompt_logprobs(logits[at : at + len(targets)], targets, row.sampling.prompt_logprobs or 0)
+            output = replace(output, prompt_logprobs=of_prompt)
+        answers.append(output)
+        at += len(targets) + row.sample
+    return tuple(answers)
 
 
 def _warm_up_plans(model: CausalModel, layout: KVLayout, num_blocks: int, max_step_tokens: int) -> list[StepPlan]:

@@ -1,21 +1,26 @@
-"""Layers that the model families share: linears sharded over tensor-parallel ranks, and rotary tables.
+"""Layers that the model families share, and how a rank reads its share of them.
 
 Plain objects that hold tensors: inference needs none of nn.Module's hooks, and small models feel their cost.
+Shapes: T tokens, E hidden size, H query heads and K KV heads of this rank, D head dimension, F inner size of
+this rank, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ..kernels.table import Kernels, Linear
+from ..kernels.batch import AttentionSpec
+from ..kernels.table import Kernels, Linear, PagedAttention
 from .checkpoint import Checkpoint
-from .model_config import ModelConfig, RopeConfig
+from .model.config import ModelConfig
 from .parallel import ParallelContext
+
+Map = Callable[[Tensor], Tensor]  # [T, ...] -> [T, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,68 +48,167 @@ class RowLinear:
         return y if self.parallel.size == 1 else self.parallel.all_reduce(y)
 
 
-def load_column(
-    checkpoint: Checkpoint, parts: Sequence[tuple[str, range]], num_inputs: int, bias: bool, dtype: torch.dtype, kernels: Kernels
-) -> ColumnLinear:
-    """Several projections of one input as a single linear; each part is a name and this rank's range of outputs."""
-    total = sum(len(share) for _, share in parts)
-    weight = torch.empty((total, num_inputs), dtype=dtype)
-    biases = torch.empty(total, dtype=dtype) if bias else None
-    begin = 0
-    for name, share in parts:
-        end = begin + len(share)
-        checkpoint.read_into(weight[begin:end], f"{name}.weight", share)
-        if biases is not None:
-            checkpoint.read_into(biases[begin:end], f"{name}.bias", share)
-        begin = end
-    return ColumnLinear(kernels.linear(weight, biases))
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """Something whose result is normed."""
+
+    inner: Map
+    weight: Tensor  # [E]
+    eps: float
+    kernels: Kernels
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.kernels.rms_norm(self.inner(x), self.weight, self.eps)
 
 
-def load_row(
-    checkpoint: Checkpoint,
-    name: str,
-    share: range,
-    num_outputs: int,
-    bias: bool,
-    dtype: torch.dtype,
-    kernels: Kernels,
-    parallel: ParallelContext,
-) -> RowLinear:
-    """A projection whose inputs are sharded; `share` is this rank's range of them."""
-    weight = torch.empty((num_outputs, len(share)), dtype=dtype)
-    checkpoint.read_into(weight, f"{name}.weight", share, axis=1)
-    added = checkpoint.read(f"{name}.bias", (num_outputs,), dtype) if bias and parallel.rank == 0 else None
-    return RowLinear(kernels.linear(weight, added), parallel)
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMSNorm of each query and key head alone."""
+
+    query: Tensor  # [D]
+    key: Tensor  # [D]
+    eps: float
+    kernels: Kernels
+
+    def apply(self, qkv: Tensor, num_kv_heads: int) -> None:
+        """Norm the query and key heads of qkv [T, H + 2K, D] in place."""
+        heads = qkv.shape[1] - 2 * num_kv_heads
+        for part, weight in ((qkv[:, :heads], self.query), (qkv[:, heads : heads + num_kv_heads], self.key)):
+            part.copy_(self.kernels.rms_norm(part.reshape(-1, part.shape[2]), weight, self.eps).view(part.shape))
 
 
-def scaled_range(heads: range, head_dim: int) -> range:
+@dataclass(frozen=True, slots=True)
+class SelfAttention:
+    """The attention half of a layer, in two steps: what only a few tokens need of it comes second."""
+
+    qkv: ColumnLinear  # E -> (H + 2K) * D, query heads first, then keys, then values
+    output: Map  # H * D -> E
+    num_kv_heads: int
+    head_dim: int
+    norms: HeadNorms | None
+    spec: AttentionSpec
+
+    def mix(self, layer: int, x: Tensor, attention: PagedAttention, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x [T, E] -> what its heads found [T, H * D]; `output` is still to be applied."""
+        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2K, D]
+        if self.norms is not None:
+            self.norms.apply(qkv, self.num_kv_heads)
+        return attention.run(layer, qkv, self.spec, turn)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMLP:
+    """SwiGLU, GEGLU: the MLP half of most layers."""
+
+    gate_up: ColumnLinear  # E -> 2F, gate first
+    activation: Map  # 2F -> F
+    down: RowLinear  # F -> E
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.gate_up(x)))
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Rows of a table that is not the head's weight too (that one has `rows` of its own)."""
+
+    table: Tensor  # [V, E]
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """int64 [T] -> [T, E]."""
+        return functional.embedding(tokens, self.table)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """Something whose result is multiplied by a number."""
+
+    inner: Map
+    factor: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.factor
+
+
+@dataclass(frozen=True, slots=True)
+class Softcapped:
+    """Something whose result is bounded to (-cap, cap)."""
+
+    inner: Map
+    cap: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inner(x).div_(self.cap).tanh_().mul_(self.cap)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Reads this rank's share of a checkpoint into the layers above."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    parallel: ParallelContext
+    kernels: Kernels
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        """A whole tensor."""
+        return self.checkpoint.read(name, shape, self.dtype)
+
+    def norm(self, name: str, size: int, offset: float = 0.0) -> Tensor:
+        """The weight of a norm [size], plus `offset`, added before it is rounded."""
+        return self.checkpoint.read(f"{name}.weight", (size,), torch.float32).add_(offset).to(self.dtype)
+
+    def linear(self, name: str, num_outputs: int, num_inputs: int) -> Linear:
+        """A projection that every rank has whole."""
+        return self.kernels.linear(self.tensor(f"{name}.weight", num_outputs, num_inputs), None)
+
+    def column(self, parts: Sequence[tuple[str, range]], num_inputs: int, bias: bool) -> ColumnLinear:
+        """Several projections of one input as a single linear; each part is a name and this rank's range of outputs."""
+        total = sum(len(share) for _, share in parts)
+        weight = torch.empty((total, num_inputs), dtype=self.dtype)
+        biases = torch.empty(total, dtype=self.dtype) if bias else None
+        begin = 0
+        for name, share in parts:
+            end = begin + len(share)
+            self.checkpoint.read_into(weight[begin:end], f"{name}.weight", share)
+            if biases is not None:
+                self.checkpoint.read_into(biases[begin:end], f"{name}.bias", share)
+            begin = end
+        return ColumnLinear(self.kernels.linear(weight, biases))
+
+    def row(self, name: str, share: range, num_outputs: int, bias: bool) -> RowLinear:
+        """A projection whose inputs are sharded; `share` is this rank's range of them."""
+        weight = torch.empty((num_outputs, len(share)), dtype=self.dtype)
+        self.checkpoint.read_into(weight, f"{name}.weight", share, axis=1)
+        added = self.tensor(f"{name}.bias", num_outputs) if bias and self.parallel.rank == 0 else None
+        return RowLinear(self.kernels.linear(weight, added), self.parallel)
+
+    def attention(self, config: ModelConfig, name: str, layer: int, output: str) -> SelfAttention:
+        """The attention half of a layer; `output` is what its last projection is called."""
+        heads = self.parallel.share(config.num_heads, "query heads")
+        kv_heads = self.parallel.share(config.num_kv_heads, "KV heads")
+        queries, keys = _rows_of(heads, config.head_dim), _rows_of(kv_heads, config.head_dim)
+        projections = [(f"{name}.q_proj", queries), (f"{name}.k_proj", keys), (f"{name}.v_proj", keys)]
+        return SelfAttention(
+            qkv=self.column(projections, config.hidden_size, config.qkv_bias),
+            output=self.row(f"{name}.{output}", queries, config.hidden_size, config.output_bias),
+            num_kv_heads=len(kv_heads),
+            head_dim=config.head_dim,
+            norms=self._head_norms(config, name) if config.head_norms else None,
+            spec=attention_spec(config, layer),
+        )
+
+    def _head_norms(self, config: ModelConfig, name: str) -> HeadNorms:
+        query, key = (self.norm(f"{name}.{which}_norm", config.head_dim, config.norm_offset) for which in "qk")
+        return HeadNorms(query, key, config.norm_eps, self.kernels)
+
+
+def attention_spec(config: ModelConfig, layer: int) -> AttentionSpec:
+    """How one layer attends."""
+    window = config.windows[layer] if config.windows else None
+    return AttentionSpec(config.attention_scale, window, config.attention_softcap)
+
+
+def _rows_of(heads: range, head_dim: int) -> range:
     """The rows of a projection that belong to a range of heads."""
     return range(heads.start * head_dim, heads.stop * head_dim)
-
-
-def rotary_tables(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [num_positions, head_dim / 2]: computed in float32, then cast, as transformers does."""
-    frequencies = inverse_frequencies(config.rope, config.head_dim)  # [head_dim / 2]
-    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies  # [P, head_dim / 2]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Radians per position [head_dim / 2], float32, after the scaling of long-context models."""
-    frequencies = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-    if rope.kind == "linear":
-        return frequencies / rope.factor
-    if rope.kind == "llama3":
-        return _llama3(rope, frequencies)
-    return frequencies
-
-
-def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
-    wavelength = 2 * math.pi / frequencies
-    longest = rope.original_max_position / rope.low_freq_factor
-    shortest = rope.original_max_position / rope.high_freq_factor
-    smooth = (rope.original_max_position / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blended = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
-    scaled = torch.where(wavelength > longest, frequencies / rope.factor, frequencies)
-    return torch.where((wavelength >= shortest) & (wavelength <= longest), blended, scaled)

@@ -6,18 +6,33 @@ from pathlib import Path
 
 import torch
 
-from ..core.errors import ModelError
+from ..core.errors import ModelError, Unavailable
+from ..kernels import native
 from ..kernels.table import make_kernels
-from .checkpoint import Checkpoint
-from .model.interface import CausalModel
-from .model.llama import load_llama
-from .model_config import ModelConfig, load_config, resolve_model
+from .layers import Weights
+from .model.decoder import DecoderLoader
+from .model.experts import RoutedMLPLoader
+from .model.interface import CausalModel, ModelLoader
+from .model.opt_decoder import OptLoader
+from .model_config import ModelConfig, load_config
+from .model_folder import resolve_model
 from .parallel import ParallelContext
+from .quantized import open_checkpoint
 
 __all__ = ["DTYPES", "LOADERS", "ModelConfig", "load_config", "load_model", "resolve_model", "torch_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOADERS = {"llama": load_llama}
+LOADERS: dict[str, ModelLoader] = {
+    "llama": DecoderLoader(),
+    "mistral": DecoderLoader(),
+    "mixtral": DecoderLoader(RoutedMLPLoader("block_sparse_moe", gate="w1", up="w3", down="w2")),
+    "qwen2": DecoderLoader(),
+    "qwen3": DecoderLoader(),
+    "qwen3_moe": DecoderLoader(RoutedMLPLoader("mlp", gate="gate_proj", up="up_proj", down="down_proj")),
+    "gemma2": DecoderLoader(),
+    "gemma3_text": DecoderLoader(),
+    "opt": OptLoader(),
+}  # by ModelConfig.family
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -46,6 +61,18 @@ def load_model(
     limit = config.max_position_embeddings
     if max_model_len is not None and not 1 <= max_model_len <= limit:
         raise ModelError(f"max_model_len is {max_model_len}; {path / 'config.json'} allows 1 to {limit} positions")
-    made = make_kernels(kernels, threads, deterministic)
+    if parallel.pipeline_size > 1:
+        raise ModelError(f"pipeline_parallel is {parallel.pipeline_size}; models run in one stage: set it to 1")
+    if deterministic and weights_dtype not in native.TYPES:
+        raise ModelError(f"deterministic results are not to be had in {dtype}; use bfloat16 or float32")
+    loader = LOADERS[config.family]
+    checkpoint = open_checkpoint(path, config.quantization)
+    checkpoint.require(loader.shapes(config))
+    try:
+        made = make_kernels(kernels, threads, deterministic)
+    except Unavailable as error:
+        wanted = f"kernels {kernels!r}{' with deterministic results' if deterministic else ''}"
+        raise ModelError(f"{wanted} are not to be had here: {error}") from error
+    weights = Weights(checkpoint, weights_dtype, parallel, made)
     with torch.inference_mode():
-        return LOADERS[config.family](config, Checkpoint(path), weights_dtype, parallel, made, max_model_len or limit)
+        return loader.load(config, weights, max_model_len or limit)

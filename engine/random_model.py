@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..core.errors import ModelError
 from .checkpoint import INDEX, SINGLE
-from .loader import torch_dtype
-from .model.llama import llama_shapes
-from .model_config import FAMILIES, ModelConfig, RopeConfig
+from .loader import LOADERS, torch_dtype
+from .model_config import FAMILIES, ModelConfig, RopeConfig, load_config
+from .random_config import Shape, config_json
 
 SHARD_BYTES = 128 << 20
 BOS, EOS, USER, ASSISTANT, END = "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -38,21 +38,6 @@ CORPUS = (
     "import this; for index, value in enumerate(values): print(index, value, sep=', ') # and return the result\n",
 )
 
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a model. `params` of the command line chooses one; see `shape_of`."""
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    intermediate_size: int
-    vocab_size: int = 16384
-    head_dim: int = 64
-    tied_embeddings: bool = False
-
-
 SHAPES = {"110M": Shape(768, 12, 12, 4, 2304), "16M": Shape(256, 8, 4, 2, 1024)}
 
 
@@ -69,8 +54,8 @@ def make_model(
 ) -> ModelConfig:
     """Write a model folder; existing files of the same names are replaced.
 
-    params is a size like "110M" or an explicit `Shape`; vocab_size overrides the shape's. Raises ModelError
-    for a family or size that cannot be made.
+    params is a size like "110M", that of a Llama (other families come near), or an explicit `Shape`; vocab_size
+    overrides the shape's. Raises ModelError for a family or size that cannot be made.
     """
     if family not in FAMILIES:
         raise ModelError(f"model family {family!r} is not supported; use one of {', '.join(FAMILIES)}")
@@ -80,9 +65,11 @@ def make_model(
         shape = replace(shape, vocab_size=vocab_size)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _train_tokenizer(shape.vocab_size)
-    config = _config(family, shape, dtype, max_model_len, rope)
-    _write_json(out / "config.json", _config_json(config))
-    _write_json(out / "generation_config.json", {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)})
+    # The tokenizer numbers special tokens first.
+    ids: dict[str, object] = {"bos_token_id": SPECIALS.index(BOS), "eos_token_id": [SPECIALS.index(EOS), SPECIALS.index(END)]}
+    _write_json(out / "config.json", config_json(family, shape, max_model_len, rope) | ids | {"dtype": dtype})
+    _write_json(out / "generation_config.json", ids)
+    config = load_config(out)
     _write_tokenizer(out, tokenizer, max_model_len)
     _write_weights(out, config, weights_dtype, seed, shard_bytes)
     return config
@@ -116,57 +103,6 @@ def _candidates() -> Iterator[Shape]:
         for layers in range(max(2, heads // 2), heads + 10):
             vocab_size = 16384 if heads >= 4 else 2048
             yield Shape(width, layers, heads, kv_heads, 3 * width, vocab_size, tied_embeddings=heads < 4)
-
-
-def _config(family: str, shape: Shape, dtype: str, max_model_len: int, rope: RopeConfig) -> ModelConfig:
-    return ModelConfig(
-        family=family,
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=max_model_len,
-        norm_eps=1e-5,
-        rope=rope,
-        tied_embeddings=shape.tied_embeddings,
-        eos_token_ids=(SPECIALS.index(EOS), SPECIALS.index(END)),  # the tokenizer numbers special tokens first
-        bos_token_id=SPECIALS.index(BOS),
-        dtype=dtype,
-    )
-
-
-def _config_json(config: ModelConfig) -> dict[str, object]:
-    rope: dict[str, object] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
-    if config.rope.kind != "default":
-        rope["factor"] = config.rope.factor
-    if config.rope.kind == "llama3":
-        rope["low_freq_factor"] = config.rope.low_freq_factor
-        rope["high_freq_factor"] = config.rope.high_freq_factor
-        rope["original_max_position_embeddings"] = config.rope.original_max_position
-    return {
-        "architectures": [FAMILIES[config.family]],
-        "model_type": config.family,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": rope,
-        "hidden_act": "silu",
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "tie_word_embeddings": config.tied_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_ids),
-        "dtype": config.dtype,
-    }
 
 
 def _train_tokenizer(vocab_size: int) -> Tokenizer:
@@ -207,7 +143,7 @@ def _write_weights(out: Path, config: ModelConfig, dtype: torch.dtype, seed: int
     """Shards of at most `shard_bytes` (or one tensor each), with an index when there are several."""
     for stale in [out / INDEX, *out.glob("model*.safetensors")]:
         stale.unlink(missing_ok=True)
-    shapes = llama_shapes(config)
+    shapes = LOADERS[config.family].shapes(config)
     shards: list[list[str]] = [[]]
     filled = total = 0
     for name, tensor_shape in shapes.items():
@@ -224,20 +160,24 @@ def _write_weights(out: Path, config: ModelConfig, dtype: torch.dtype, seed: int
     files: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: _weight(name, shapes[name], generator).to(dtype) for name in names}, out / file, {"format": "pt"})
+        tensors = {name: _weight(name, shapes[name], generator, config).to(dtype) for name in names}
+        save_file(tensors, out / file, {"format": "pt"})
         (out / file).chmod(0o644)  # safetensors writes files that only their owner can read
         files |= dict.fromkeys(names, file)
     if len(shards) > 1:
         _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
 
 
-def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator, config: ModelConfig) -> Tensor:
     """Normal weights that keep activations and logits near unit size, so that greedy output varies and ties are rare."""
+    drawn = torch.randn(shape, generator=generator)
+    if name.endswith(".bias"):
+        return drawn.mul_(0.05)
     if name.endswith("norm.weight"):
-        return torch.ones(shape).add_(torch.randn(shape, generator=generator), alpha=0.05)
-    if name == "model.embed_tokens.weight":
-        return torch.randn(shape, generator=generator)
-    return torch.randn(shape, generator=generator).mul_(shape[-1] ** -0.5)
+        return torch.full(shape, 1.0 - config.norm_offset).add_(drawn, alpha=0.05)
+    if "embed_" in name and not config.scaled_embedding:
+        return drawn
+    return drawn.mul_(shape[-1] ** -0.5)
 
 
 def _write_json(file: Path, content: Mapping[str, object]) -> None:

@@ -1,5 +1,10 @@
 """From logits to tokens.
 
+The order of operations is vLLM's: log probabilities are taken of the logits as they came; then logit bias,
+penalties (repetition, frequency, presence), bans (bad words, stop tokens before min_tokens, whatever a grammar does not
+allow: bans commute with the rest, a banned token stays banned); greedy rows take the argmax;
+for the others temperature, min-p, top-k, top-p, each over what the one before it left, and the draw.
+
 A draw is keyed by (seed, sequence index, output index, candidate token) alone: the same in any batch, after
 any retry, on any worker. Greedy rows cost one argmax.
 """
@@ -7,7 +12,7 @@ any retry, on any worker. Greedy rows cost one argmax.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,20 +20,32 @@ from torch import Tensor
 from ..core.request import SamplingParams, TokenLogprob
 from ..core.step import RowOutput, StepRow
 from ..kernels.cpu import exponential_noise, philox_words
+from .grammar import Mask
+from .shaping import Shaper, shape
 
 FIRST_CANDIDATES = 256  # likeliest tokens looked at first when truncating; all of them only when those do not suffice
 
 
-def sample(logits: Tensor, rows: Sequence[StepRow]) -> list[RowOutput]:
+def sample(
+    logits: Tensor,
+    rows: Sequence[StepRow],
+    allowed: Mapping[int, Mask] | None = None,
+    shapers: Mapping[int, Shaper] | None = None,
+) -> list[RowOutput]:
     """One token per row: logits [R, V] of any float type, rows[i] asks for logits[i]. `logits` may be overwritten.
 
-    Greedy rows take the argmax, the lowest id when tokens tie. Log probabilities are those of the logits as
-    they came, before bans, temperature and truncation.
+    allowed[i] are the tokens that the grammar of rows[i] allows, at least one; whatever else bans all of them loses.
+    shapers[i] knows the tokens of rows[i] and what they do to its logits.
+
+    Greedy rows take the argmax, the lowest id when tokens tie.
     """
     wide = logits.float()  # [R, V]; argmax is also several times faster than in bfloat16
     reported = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     raw = torch.log_softmax(wide[reported], dim=-1) if reported else None  # [reported, V]
+    if shapers:
+        shape(wide, shapers)
     _ban_stop_tokens(wide, rows)
+    _ban_all_but(wide, allowed or {})
     chosen = torch.argmax(wide, dim=-1)  # [R]
     drawn = [i for i, row in enumerate(rows) if not row.sampling.greedy]
     if drawn:
@@ -43,6 +60,15 @@ def sample(logits: Tensor, rows: Sequence[StepRow]) -> list[RowOutput]:
     ]
 
 
+def prompt_logprobs(logits: Tensor, targets: Sequence[int], num_top: int) -> tuple[TokenLogprob, ...]:
+    """logits [N, V]: row i foretells targets[i]. Their log probabilities, with the `num_top` likeliest alternatives."""
+    raw = torch.log_softmax(logits.float(), dim=-1)  # [N, V]
+    values = raw.gather(1, torch.tensor(targets)[:, None])[:, 0].tolist()
+    best, ids = raw.topk(min(num_top, raw.shape[1]), dim=-1)  # [N, num_top] each
+    tops = [tuple(zip(*top, strict=True)) for top in zip(ids.tolist(), best.tolist(), strict=True)]
+    return tuple(TokenLogprob(*entry) for entry in zip(targets, values, tops, strict=True))
+
+
 def _ban_stop_tokens(logits: Tensor, rows: Sequence[StepRow]) -> None:
     """Stop tokens are impossible until min_tokens were sampled."""
     vocabulary = logits.shape[1]
@@ -52,12 +78,26 @@ def _ban_stop_tokens(logits: Tensor, rows: Sequence[StepRow]) -> None:
             logits[i, banned] = -math.inf
 
 
+def _ban_all_but(logits: Tensor, allowed: Mapping[int, Mask]) -> None:
+    """Only the tokens of allowed[i] are possible in logits[i]. Comes after every other ban."""
+    for i, mask in allowed.items():
+        keep = torch.from_numpy(mask).to(logits.device)
+        row = logits[i].masked_fill_(~keep, -math.inf)
+        if not bool((row > -math.inf).any()):
+            row[keep] = 0.0  # all were banned: they are equally likely now
+
+
 def _draw(logits: Tensor, rows: Sequence[StepRow]) -> Tensor:
     """Gumbel-max over the truncated distribution: logits float32 [R, V] -> tokens int64 [R]."""
     params = [row.sampling for row in rows]
     temperature = torch.tensor([p.temperature for p in params], dtype=torch.float32)[:, None]
     # The likeliest token stands at 0, so a tiny temperature cannot overflow.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature)
+    selective = [i for i, p in enumerate(params) if p.min_p > 0.0]
+    if selective:
+        least = torch.tensor([math.log(params[i].min_p) for i in selective], dtype=torch.float32)[:, None]
+        likely = scaled[selective]  # the likeliest at 0, so logarithms of shares of its probability
+        scaled[selective] = likely.masked_fill_(likely < least, -math.inf)
     truncated = [i for i, p in enumerate(params) if 0 < p.top_k < logits.shape[1] or p.top_p < 1.0]
     if truncated:
         scaled[truncated] = _truncate(scaled[truncated], [params[i] for i in truncated])

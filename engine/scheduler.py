@@ -36,6 +36,7 @@ class SchedulerConfig:
     return_preempted  a preempted sequence leaves with a PreemptedEvent instead of waiting here to be computed again
     watermark         share of the pool that a starting sequence leaves free for those that run
     max_in_flight     plans that may be uncommitted at a time
+    max_reported      prompt tokens of a step whose log probabilities are reported: each costs a row of logits
     """
 
     max_step_tokens: int
@@ -45,6 +46,7 @@ class SchedulerConfig:
     prefix_cache: bool = True
     watermark: float = 0.01
     max_in_flight: int = 2
+    max_reported: int = 256
 
 
 class Scheduler:
@@ -54,7 +56,8 @@ class Scheduler:
     """
 
     def __init__(self, pool: BlockPool, config: SchedulerConfig, order: Ordering) -> None:
-        if min(config.max_step_tokens, config.max_num_seqs, config.max_model_len, config.max_in_flight) < 1:
+        limits = (config.max_step_tokens, config.max_num_seqs, config.max_model_len, config.max_in_flight, config.max_reported)
+        if min(limits) < 1:
             raise InternalError(f"every limit of a scheduler must be at least 1: {config}")
         prefix_cache = config.prefix_cache and pool.prefix_cache
         self._pool = pool
@@ -151,7 +154,7 @@ class Scheduler:
         """The next step, or None: nothing can run now, or `max_in_flight` plans are uncommitted."""
         if len(self._uncommitted) >= self._config.max_in_flight:
             return None
-        batch = Batch(self._step + 1, now, self._config.max_step_tokens, self._config.max_num_seqs)
+        batch = Batch(self._step + 1, now, self._config.max_step_tokens, self._config.max_num_seqs, self._config.max_reported)
         self._batcher.fill(batch)
         self._disturbed = bool(self._uncommitted)
         if not batch.rows:
@@ -230,6 +233,7 @@ class Scheduler:
             chain=HashChain(self._pool.block_size),
             tokens=tokens,
             added=now,
+            has_needs=spec.sampling.shaped or spec.sampling.prompt_logprobs is not None,
         )
 
     def _limit(self, spec: SequenceSpec) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from ..core.errors import InternalError
-from ..core.request import Attempt, FinishReason, SequenceSpec
+from ..core.request import Attempt, FinishReason, SequenceSpec, TokenLogprob
 from ..policy.ordering import SortKey
 from .blocks import HashChain
 
@@ -61,6 +61,9 @@ class SequenceState:
     num_in_flight     uncommitted plans with a row of this sequence
     last_sampled_step the last plan that samples for this sequence
     num_published     leading blocks that the prefix cache has been told of
+    has_needs         whether rows may carry `RowNeeds`: a plain sequence is not looked at again
+    history_given     whether a row has told the executor of the tokens since the sequence started (over)
+    prompt_logprobs   of the prompt tokens that are computed, until they leave with the first token
     """
 
     spec: SequenceSpec
@@ -81,6 +84,9 @@ class SequenceState:
     num_published: int = 0
     cached_tokens: int = 0
     first_scheduled: float | None = None
+    has_needs: bool = False
+    history_given: bool = False
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def attempt(self) -> Attempt:
@@ -92,9 +98,19 @@ class SequenceState:
         return len(self.tokens) - len(self.spec.prompt)
 
     @property
+    def output(self) -> list[int]:
+        """Those tokens."""
+        return self.tokens[len(self.spec.prompt) :]
+
+    @property
     def num_remaining(self) -> int:
         """Tokens, placeholders among them, that no plan has fed yet."""
         return len(self.tokens) + self.num_placeholders - self.num_planned
+
+    @property
+    def reports_prompt(self) -> bool:
+        """Whether the log probabilities of the prompt are still to be reported: only with output token 0."""
+        return self.spec.sampling.prompt_logprobs is not None and self.num_output + self.num_placeholders == 0
 
     @property
     def info(self) -> SequenceInfo:
@@ -108,6 +124,8 @@ class SequenceState:
         """The blocks are gone: everything has to be computed again. The tokens stay."""
         self.blocks = ()
         self.num_computed = self.num_planned = self.num_published = 0
+        self.history_given = False
+        self.prompt_logprobs.clear()
 
     def append(self, token: int) -> FinishReason | None:
         """Take one sampled token; returns why it ended the sequence, if it did. The stop token is part of the output."""

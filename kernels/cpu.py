@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
 
 
 class CpuAttention:
-    """Writes and attends for one step. All index tensors are built here, once for all layers."""
+    """Writes and attends for one step. All index tensors are built once for all layers that see as far back."""
 
     def __init__(self, kv: Tensor, rows: Sequence[RowSpan]) -> None:
         num_blocks, num_layers, _, kv_heads, block_size, head_dim = kv.shape
@@ -80,20 +80,18 @@ class CpuAttention:
         self._slots = kv.view(-1, head_dim)
         self._layer_runs = 2 * kv_heads
         self._layer_slots = 2 * kv_heads * block_size
+        self._num_layers = num_layers
+        self._block_size = block_size
         self._write_at = _slot_index(rows, num_layers, kv_heads, block_size)  # [T * 2K], layer 0
         for row in rows:
             if row.clear_tail and row.end % block_size:
                 kv[row.block_table[-1], :, :, :, row.end % block_size :].zero_()
-        run_bytes = 2 * kv_heads * block_size * head_dim * kv.element_size()
-        self._chunks = [self._chunk(row, num_layers) for row in rows if row.num_tokens > 1]
-        self._groups = [
-            self._group(group, num_layers, block_size)
-            for group in group_rows([row for row in rows if row.num_tokens == 1], GROUP_BYTES // run_bytes)
-        ]
-        # Then it is the whole batch in packed order, and nothing has to be picked or put back.
-        self._one_group = len(self._groups) == 1 and not self._chunks
-        tile = QUERY_TILE if self._chunks else 0
-        self._causal = torch.full((tile, tile), -math.inf, dtype=kv.dtype).triu_(1)
+        self._rows = rows
+        self._longest = max((row.end for row in rows), default=0)
+        self._batches: dict[int | None, _Batch] = {}  # by window
+        tile = min(QUERY_TILE, max((row.num_tokens for row in rows), default=0))
+        self._hidden = torch.full((tile, tile), -math.inf, dtype=kv.dtype)
+        self._causal = self._hidden.triu(1)
 
     def run(self, layer: int, qkv: Tensor, spec: AttentionSpec, turn: tuple[Tensor, Tensor] | None) -> Tensor:
         """See `table.PagedAttention`."""
@@ -103,15 +101,30 @@ class CpuAttention:
             turned.copy_(rotary(turned, *turn))
         self._slots.index_copy_(0, self._write_at + layer * self._layer_slots, qkv[:, heads:].reshape(-1, self._head_dim))
         query = qkv[:, :heads] * spec.scale  # [T, H, D]
-        if self._one_group:
-            return self._decode(layer, query, self._groups[0]).flatten(1)
+        batch = self._batch(spec.window)
+        if len(batch.groups) == 1 and not batch.chunks:
+            # It is the whole batch in packed order: nothing has to be picked or put back.
+            return self._decode(layer, query, batch.groups[0], spec).flatten(1)
         out = torch.empty_like(query)
-        for chunk in self._chunks:
+        for chunk in batch.chunks:
             tokens = slice(chunk.row.offset, chunk.row.offset + chunk.row.num_tokens)
-            out[tokens] = self._prefill(layer, query[tokens], qkv[tokens, heads:], chunk)
-        for group in self._groups:
-            out[group.tokens] = self._decode(layer, query[group.tokens], group)
+            out[tokens] = self._prefill(layer, query[tokens], qkv[tokens, heads:], chunk, spec)
+        for group in batch.groups:
+            out[group.tokens] = self._decode(layer, query[group.tokens], group, spec)
         return out.flatten(1)
+
+    def _batch(self, window: int | None) -> _Batch:
+        """The rows as layers of this window see them. Blocks that are behind a row's window are left out."""
+        if window is not None and window >= self._longest:
+            window = None
+        found = self._batches.get(window)
+        if found is None:
+            rows = [_seen(row, window, self._block_size) for row in self._rows]
+            run_blocks = GROUP_BYTES // (self._layer_slots * self._head_dim * self._slots.element_size())
+            groups = group_rows([row for row in rows if row.num_tokens == 1], run_blocks)
+            chunks = [self._chunk(row) for row in rows if row.num_tokens > 1]
+            found = self._batches[window] = _Batch(chunks, [self._group(group, window) for group in groups])
+        return found
 
     def _gather(self, layer: int, runs: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values [batch * K, C, D] of the blocks behind `runs` (index of layer 0)."""
@@ -119,7 +132,7 @@ class CpuAttention:
         keys, values = gathered.view(2, batch * self._kv_heads, -1, self._head_dim)
         return keys, values
 
-    def _prefill(self, layer: int, query: Tensor, new_kv: Tensor, chunk: _Chunk) -> Tensor:
+    def _prefill(self, layer: int, query: Tensor, new_kv: Tensor, chunk: _Chunk, spec: AttentionSpec) -> Tensor:
         """query [n, H, D], new_kv [n, 2K, D] -> [n, H, D]."""
         row = chunk.row
         if chunk.runs is None:
@@ -133,43 +146,67 @@ class CpuAttention:
         out = torch.empty_like(by_kv_head)
         for begin in range(0, row.num_tokens, QUERY_TILE):
             end = min(row.num_tokens, begin + QUERY_TILE)
-            num_queries, context = end - begin, row.start + end
+            num_queries = end - begin
+            seen = slice(_first_seen(row.start + begin, spec.window), row.start + end)  # C positions
             causal = self._causal[:num_queries, :num_queries]
+            left = self._left_behind(num_queries, row.start + begin, spec.window)
             for head in range(self._kv_heads):  # plain products: batched ones are slow on slices of the context
                 tile = folded[head, :, begin:end].reshape(group * num_queries, -1)
-                scores = torch.mm(tile, keys[head, :context].t())  # [G * q, C]
-                scores.view(group, num_queries, context)[..., row.start + begin :].add_(causal)
-                mixed = torch.mm(torch.softmax(scores, dim=-1), values[head, :context])  # [G * q, D]
+                scores = _soft_capped(torch.mm(tile, keys[head, seen].t()), spec.softcap)  # [G * q, C]
+                by_query = scores.view(group, num_queries, -1)
+                by_query[..., -num_queries:].add_(causal)
+                if left is not None:
+                    by_query[..., :num_queries].add_(left)
+                mixed = torch.mm(torch.softmax(scores, dim=-1), values[head, seen])  # [G * q, D]
                 out[begin:end, head] = mixed.view(group, num_queries, -1).transpose(0, 1)
         return out.flatten(1, 2)
 
-    def _decode(self, layer: int, query: Tensor, group: _Group) -> Tensor:
+    def _left_behind(self, num_queries: int, position: int, window: int | None) -> Tensor | None:
+        """What a tile's later queries see no more of what its first one, at `position`, does: 0 or -inf [q, q].
+
+        The first column is the first position that is seen at all; None when all is seen.
+        """
+        # Query i sees what is behind position + i - window, column c of its row is _first_seen + c.
+        if window is None or position + num_queries <= window:
+            return None
+        diagonal = position - window - _first_seen(position, window)
+        return self._hidden[:num_queries, :num_queries].tril(diagonal)
+
+    def _decode(self, layer: int, query: Tensor, group: _Group, spec: AttentionSpec) -> Tensor:
         """query [B, H, D] -> [B, H, D]."""
         # Whole blocks and a mask, not a slice: batched products of sliced operands are 5x slower.
         keys, values = self._gather(layer, group.runs, query.shape[0])  # [B * K, C, D]
+        if group.unseen is not None:
+            for part in (keys, values):
+                part.view(query.shape[0], self._kv_heads, -1, self._head_dim).masked_fill_(group.unseen, 0)
         folded = query.reshape(keys.shape[0], -1, self._head_dim)  # [B * K, G, D]
-        scores = torch.bmm(folded, keys.transpose(1, 2))  # [B * K, G, C]
+        scores = _soft_capped(torch.bmm(folded, keys.transpose(1, 2)), spec.softcap)  # [B * K, G, C]
         if group.mask is not None:
             scores.view(query.shape[0], query.shape[1], -1).add_(group.mask)
         return torch.bmm(torch.softmax(scores, dim=-1), values).view(query.shape)
 
-    def _chunk(self, row: RowSpan, num_layers: int) -> _Chunk:
+    def _chunk(self, row: RowSpan) -> _Chunk:
         if row.start == 0:
             return _Chunk(row, None)
-        return _Chunk(row, _run_index(torch.tensor([row.block_table]), num_layers, self._kv_heads))
+        return _Chunk(row, _run_index(torch.tensor([row.block_table]), self._num_layers, self._kv_heads))
 
-    def _group(self, rows: Sequence[RowSpan], num_layers: int, block_size: int) -> _Group:
+    def _group(self, rows: Sequence[RowSpan], window: int | None) -> _Group:
         longest = max(len(row.block_table) for row in rows)
         # Padding repeats a row's own first block: its content is finite, so masked scores stay -inf and not NaN.
         tables = [row.block_table + row.block_table[:1] * (longest - len(row.block_table)) for row in rows]
-        lengths = torch.tensor([row.end for row in rows])
-        context = longest * block_size
+        context = longest * self._block_size
+        places = torch.arange(context)
+        hidden = places >= torch.tensor([row.end for row in rows])[:, None]  # [B, C]
+        unseen = None
+        if window is not None:
+            hidden |= places < torch.tensor([_first_seen(row.start, window) for row in rows])[:, None]
+            # What a window has passed may be anything, NaN too, and -inf does not hide that.
+            unseen = hidden[:, None, :, None]
         mask = None
-        if any(row.end != context for row in rows):
-            mask = torch.zeros((len(rows), 1, context), dtype=self._dtype)
-            mask.masked_fill_(torch.arange(context) >= lengths[:, None, None], -math.inf)
-        runs = _run_index(torch.tensor(tables), num_layers, self._kv_heads)
-        return _Group(torch.tensor([row.offset for row in rows]), runs, mask)
+        if bool(hidden.any()):
+            mask = torch.zeros((len(rows), 1, context), dtype=self._dtype).masked_fill_(hidden[:, None], -math.inf)
+        runs = _run_index(torch.tensor(tables), self._num_layers, self._kv_heads)
+        return _Group(torch.tensor([row.offset for row in rows]), runs, mask, unseen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +224,36 @@ class _Group:
     tokens   their packed tokens [B]
     runs     index of their blocks' runs in layer 0, [2 * B * K * blocks]
     mask     [B, 1, C], 0 or -inf; None when all have C tokens. C is a whole number of blocks
+    unseen   [B, 1, C, 1], true where the mask hides what may be anything; None when what is hidden is finite
     """
 
     tokens: Tensor
     runs: Tensor
     mask: Tensor | None
+    unseen: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A step's rows as layers of one window see them."""
+
+    chunks: list[_Chunk]
+    groups: list[_Group]
+
+
+def _seen(row: RowSpan, window: int | None, block_size: int) -> RowSpan:
+    """The row without the blocks that are behind its window, positions counted from the first block that is left."""
+    passed = _first_seen(row.start, window) // block_size
+    return replace(row, start=row.start - passed * block_size, block_table=row.block_table[passed:]) if passed else row
+
+
+def _first_seen(position: int, window: int | None) -> int:
+    """The first position that the token at `position` sees."""
+    return 0 if window is None else max(0, position + 1 - window)
+
+
+def _soft_capped(scores: Tensor, cap: float | None) -> Tensor:
+    return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 
 def group_rows(rows: Sequence[RowSpan], max_blocks: int) -> list[list[RowSpan]]:

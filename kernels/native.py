@@ -63,9 +63,11 @@ class NativeLibrary:
     Raises Unavailable when it can neither be found nor compiled.
     """
 
-    def __init__(self, threads: int, deterministic: bool = False, architecture: str = "native") -> None:
+    def __init__(
+        self, threads: int, deterministic: bool = False, architecture: str = "native", options: tuple[str, ...] = ()
+    ) -> None:
         # CDLL lets other Python threads run during a call.
-        self._library = ctypes.CDLL(str(build_native(architecture)))
+        self._library = ctypes.CDLL(str(build_native(architecture, options)))
         self.deterministic = deterministic
         _declare(self._library)
         self._threads = _Threads(self._library, max(1, threads))
@@ -74,7 +76,10 @@ class NativeLibrary:
         # best left to it, too. A packed linear is the only one whose results never depend on the batch.
         features = self._library.baton_features()
         amx = "amx_bf16" in processor_flags()
-        self._packs = {torch.float32: features >= 1 or deterministic, torch.bfloat16: (features == 2 and not amx) or deterministic}
+        self._packs = {
+            torch.float32: features >= 1 or deterministic,
+            torch.bfloat16: (features == 2 and not amx) or deterministic,
+        }
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> NativeLinear | ReferenceLinear:
         """Pack a weight [outputs, inputs]."""
@@ -133,9 +138,7 @@ class NativeLibrary:
         gate_up = gate_up.contiguous()
         tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty((tokens, inner))
-        self._library.baton_gated(
-            self._pool, TYPES[gate_up.dtype], activation, gate_up.data_ptr(), tokens, inner, out.data_ptr()
-        )
+        self._library.baton_gated(self._pool, TYPES[gate_up.dtype], activation, gate_up.data_ptr(), tokens, inner, out.data_ptr())
         return out
 
 
@@ -167,7 +170,15 @@ class NativeLinear:
         x = x.contiguous()
         out = x.new_empty((x.shape[0], self._outputs))
         self._call(
-            self._threads.handle, self._type, x.data_ptr(), x.shape[0], self._at, self._inputs, self._outputs, self._bias_at, out.data_ptr()
+            self._threads.handle,
+            self._type,
+            x.data_ptr(),
+            x.shape[0],
+            self._at,
+            self._inputs,
+            self._outputs,
+            self._bias_at,
+            out.data_ptr(),
         )
         return out
 
@@ -240,7 +251,19 @@ def _declare(library: ctypes.CDLL) -> None:
     library.baton_linear.restype = None
     library.baton_linear.argtypes = [c_void_p, c_int32, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p]
     library.baton_rms_norm.restype = None
-    library.baton_rms_norm.argtypes = [c_void_p, c_int32, c_void_p, c_int64, c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_void_p]
+    library.baton_rms_norm.argtypes = [
+        c_void_p,
+        c_int32,
+        c_void_p,
+        c_int64,
+        c_void_p,
+        c_void_p,
+        c_float,
+        c_int64,
+        c_int64,
+        c_void_p,
+        c_void_p,
+    ]
     library.baton_gated.restype = None
     library.baton_gated.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int64, c_int64, c_void_p]
     library.baton_packed_row_words.restype = c_int64

@@ -24,16 +24,17 @@ COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
 
 
-def build_native(architecture: str = "native") -> Path:
+def build_native(architecture: str = "native", options: tuple[str, ...] = ()) -> Path:
     """The path of the compiled library, compiled now unless that was done before.
 
     architecture  what the compiler is told by -march
+    options       further ones of the compiler
     Raises Unavailable where there is no C++ compiler, where it fails, or where there is no place for the result.
     """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise Unavailable(f"no C++ compiler: none of {', '.join(COMPILERS)} is on the path; install g++ 12 or newer")
-    name = f"baton-{_fingerprint(compiler, architecture)}.so"
+    name = f"baton-{_fingerprint(compiler, architecture, options)}.so"
     folder = _folder()
     path = folder / name
     if path.exists():
@@ -41,7 +42,7 @@ def build_native(architecture: str = "native") -> Path:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # workers that start together compile once
         if not path.exists():
-            _compile(compiler, architecture, path)
+            _compile(compiler, architecture, options, path)
     return path
 
 
@@ -55,9 +56,9 @@ def processor_flags() -> frozenset[str]:
     return frozenset(lines[0].split()) if lines else frozenset()
 
 
-def _fingerprint(compiler: str, architecture: str) -> str:
+def _fingerprint(compiler: str, architecture: str, options: tuple[str, ...]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
-    known = [version, architecture, platform.machine(), " ".join(FLAGS), " ".join(sorted(processor_flags()))]
+    known = [version, architecture, platform.machine(), " ".join(FLAGS + options), " ".join(sorted(processor_flags()))]
     known += [f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in sorted(SOURCES.iterdir()) if path.is_file()]
     return hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
 
@@ -75,11 +76,19 @@ def _folder() -> Path:
     raise Unavailable(f"no place for the compiled kernels: neither {tried[0]} nor {tried[1]} can be written")
 
 
-def _compile(compiler: str, architecture: str, path: Path) -> None:
+def _compile(compiler: str, architecture: str, options: tuple[str, ...], path: Path) -> None:
     """All sources at once, under another name first: nobody may load half a library."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
-        command = [compiler, *FLAGS, f"-march={architecture}", *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(unfinished)]
+        command = [
+            compiler,
+            *FLAGS,
+            f"-march={architecture}",
+            *options,
+            *map(str, sorted(SOURCES.glob("*.cpp"))),
+            "-o",
+            str(unfinished),
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:

@@ -87,6 +87,4 @@ def make_kernels(name: str, threads: int = 1, deterministic: bool = False) -> Ke
             raise
         logger.warning("native kernels are not to be had here, the slower kernels of torch serve instead: %s", error)
         return KERNELS["cpu"]
-    return Kernels(
-        library.attention, library.linear, library.rms_norm, library.add_rms_norm, library.silu_mul, library.gelu_mul
-    )
+    return Kernels(library.attention, library.linear, library.rms_norm, library.add_rms_norm, library.silu_mul, library.gelu_mul)

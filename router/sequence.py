@@ -18,7 +18,7 @@ class TokenRun:
     """Consecutive tokens of one sequence; `position` is the output index of the first.
 
     computing and cached_tokens are set on an attempt's first tokens: seconds from its first step to the token,
-    prompt tokens found in the worker's prefix cache.
+    prompt tokens found in the worker's prefix cache. prompt_logprobs come with output token 0.
     """
 
     position: int
@@ -27,16 +27,21 @@ class TokenRun:
     finish: FinishReason | None = None
     computing: float = 0.0
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What is new for one sequence since the consumer last looked. `finish` is set on the last one only."""
+    """What is new for one sequence since the consumer last looked. `finish` is set on the last one only.
+
+    The first one with tokens carries the log probabilities of the prompt, where they were asked for.
+    """
 
     index: int
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class TokenGap(Exception):
@@ -73,6 +78,7 @@ class Sequence:
         self.rest_worker: WorkerRef | None = None
         self._progress: _Progress | None = None
         self._logprobs: list[TokenLogprob] = []  # not yet taken
+        self._prompt_logprobs: tuple[TokenLogprob, ...] = ()  # not yet taken
         self._taken = 0
         self._finish_taken = False
         self.first_token_at: float | None = None
@@ -164,6 +170,7 @@ class Sequence:
             self.first_token_at = now
             self._prefill = run.computing
             self.cached_tokens = run.cached_tokens
+            self._prompt_logprobs = run.prompt_logprobs
         elif not first or self.rest_worker is None:
             self.rest_worker = worker
         if before < 2 <= after:
@@ -181,6 +188,7 @@ class Sequence:
             del self._logprobs[-len(run.logprobs) :]
         if not self.tokens:
             self.first_token_at = self.last_token_at = None
+            self._prompt_logprobs = ()
 
     def adopted(self, attempt: Attempt, now: float) -> None:
         """The decode worker runs the sequence."""
@@ -201,16 +209,18 @@ class Sequence:
     def take(self) -> Update:
         """Everything since the last `take`, merged into one update."""
         tokens = tuple(self.tokens[self._taken :])
-        logprobs = tuple(self._logprobs)
+        logprobs, prompt_logprobs = tuple(self._logprobs), self._prompt_logprobs
         self._taken = len(self.tokens)
         self._logprobs.clear()
+        self._prompt_logprobs = ()
         self._finish_taken = self.done
-        return Update(self.index, tokens, logprobs, self.finish if self.done else None)
+        return Update(self.index, tokens, logprobs, self.finish if self.done else None, prompt_logprobs)
 
     def drop_news(self) -> None:
         """The consumer has what it wants."""
         self._taken = len(self.tokens)
         self._logprobs.clear()
+        self._prompt_logprobs = ()
         self._finish_taken = True
 
     # ---- times -----------------------------------------------------------------------------------

@@ -39,6 +39,15 @@ def spec_to(attempt: Attempt, request: Request, output: Iterable[int], now: floa
         min_tokens=sampling.min_tokens,
         stop_token_ids=sampling.stop_token_ids,
         logprobs=sampling.logprobs,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        biased_tokens=[token for token, _ in sampling.logit_bias],
+        biases=[bias for _, bias in sampling.logit_bias],
+        bad_words=[pb.TokenSequence(tokens=tokens) for tokens in sampling.bad_words],
+        prompt_logprobs=sampling.prompt_logprobs,
+        grammar=sampling.grammar or "",
     )
     return pb.SequenceSpec(
         attempt=attempt_to(attempt),
@@ -59,6 +68,7 @@ def run_from(message: pb.SequenceTokens) -> TokenRun:
         finish=FinishReason(message.finish) if message.finish else None,
         computing=message.computing,
         cached_tokens=message.cached_tokens,
+        prompt_logprobs=tuple(map(_logprob_from, message.prompt_logprobs)),
     )
 
 

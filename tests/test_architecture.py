@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS: dict[str, float] = {
-    "core": 1, "kernels": 1, "proto": 1,
+    "core": 1, "proto": 1, "kernels": 1.5,
     "kv_transfer": 2, "policy": 2, "observability": 2,
     "engine": 3, "router": 3,
     "worker": 3.5,

@@ -15,6 +15,7 @@ from ..core.view import Role
 from ..engine.blocks import BlockPool
 from ..engine.cache import kv_layout, kv_tensor
 from ..engine.executor import TorchExecutor
+from ..engine.grammar import Grammars
 from ..engine.loader import load_config, load_model, resolve_model
 from ..engine.parallel import ParallelContext
 from ..engine.scheduler import Scheduler, SchedulerConfig
@@ -35,9 +36,11 @@ class Engine:
     scheduler: Scheduler
     executor: TorchExecutor
     times: StepTimes
+    grammars: Grammars
 
     def close(self) -> None:
         self.executor.close()
+        self.grammars.close()
         self.memory.close()
 
 
@@ -60,7 +63,9 @@ def build_engine(config: WorkerConfig) -> Engine:
             f"pools.{config.pool.role}.kv_memory: {config.pool.kv_memory_bytes} bytes hold {num_blocks} blocks of "
             f"{layout.block_bytes} bytes; one sequence of {limit} tokens needs at least {need} bytes"
         )
-    model = load_model(path, config.model.dtype, parallel, config.model.max_model_len)
+    spec = config.model
+    kernels = spec.kernels, config.pool.threads, spec.deterministic
+    model = load_model(path, spec.dtype, parallel, spec.max_model_len, *kernels)
     memory = PoolMemory.shared(num_blocks * layout.block_bytes)
     blocks = BlockPool(num_blocks, config.pool.block_size, config.pool.prefix_cache)
     scheduler = Scheduler(
@@ -74,11 +79,11 @@ def build_engine(config: WorkerConfig) -> Engine:
         ),
         ORDERING[config.pool.ordering],
     )
-    executor = TorchExecutor(
-        model, kv_tensor(memory.buffer, layout, num_blocks), layout, config.pool.threads, config.pool.step_delay
-    )
+    grammars = Grammars(path, model_config.vocab_size, model_config.eos_token_ids)
+    kv = kv_tensor(memory.buffer, layout, num_blocks)
+    executor = TorchExecutor(model, kv, layout, config.pool.threads, config.pool.step_delay, grammars)
     times = StepTimes()
     for plan, seconds in executor.warm_up(min(config.pool.max_step_tokens, limit)):
         times.observe(plan, seconds)
     logger.info("engine ready: %d blocks of %d tokens, %.1f s", num_blocks, config.pool.block_size, time.monotonic() - started)
-    return Engine(layout, memory, blocks, scheduler, executor, times)
+    return Engine(layout, memory, blocks, scheduler, executor, times, grammars)

@@ -11,7 +11,7 @@ from collections import defaultdict
 from ..core.clock import Clock
 from ..core.errors import BatonError, InvalidRequest
 from ..core.request import Attempt, SequenceSpec
-from ..core.step import ComputedEvent, PreemptedEvent, SequenceEvent, StepPlan, TokenEvent
+from ..core.step import ComputedEvent, FailedEvent, PreemptedEvent, SequenceEvent, StepPlan, TokenEvent
 from ..core.view import WorkerLoad
 from ..engine.loop import EngineLoop
 from ..proto import worker_pb2 as pb
@@ -43,8 +43,14 @@ class WorkerCore:
             self.fail(spec.attempt, str(error), retriable=not isinstance(error, InvalidRequest))
             return False
         self._without_token.add(spec.attempt)
+        self.prepare(spec)
         self.loop.wake()
         return True
+
+    def prepare(self, spec: SequenceSpec) -> None:
+        """A sequence is expected: begin what takes long and can be done beside the steps."""
+        if spec.sampling.grammar is not None:
+            self.engine.grammars.prepare(spec.sampling.grammar)
 
     def forget(self, attempt: Attempt) -> None:
         """The attempt has left this worker."""
@@ -71,6 +77,7 @@ class WorkerCore:
         batches: defaultdict[Session, list[pb.SequenceTokens]] = defaultdict(list)
         ended: list[Attempt] = []
         preempted: list[Attempt] = []
+        failed: list[FailedEvent] = []
         for event in events:
             if isinstance(event, TokenEvent):
                 session = self.sessions.owner(event.attempt)
@@ -83,10 +90,14 @@ class WorkerCore:
                 self.on_computed(event)
             elif isinstance(event, PreemptedEvent):
                 preempted.append(event.attempt)
+            elif isinstance(event, FailedEvent):
+                failed.append(event)
         for session, sequences in batches.items():
             session.send(pb.WorkerMessage(tokens=pb.TokenBatch(step=step, sequences=sequences)))
         for attempt in preempted:  # after its last tokens, or they would be sampled again
             self.sessions.send(attempt, pb.WorkerMessage(preempted=pb.PreemptedAttempt(attempt=attempt_to(attempt))))
+        for failure in failed:
+            self.fail(failure.attempt, failure.reason, retriable=False)
         for attempt in ended + preempted:
             self.forget(attempt)
 

@@ -28,22 +28,11 @@ def worker_to(ref: WorkerRef) -> pb.WorkerId:
 
 def spec_from(message: pb.SequenceSpec, now: float, hand_over: bool) -> SequenceSpec:
     """The sequence a router asks for; its arrival at the router, by this worker's clock."""
-    sampling = message.sampling
     return SequenceSpec(
         attempt=attempt_from(message.attempt),
         prompt=tuple(message.prompt),
         output=tuple(message.output),
-        sampling=SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            sequence_index=sampling.sequence_index,
-            max_tokens=sampling.max_tokens,
-            min_tokens=sampling.min_tokens,
-            stop_token_ids=tuple(sampling.stop_token_ids),
-            logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
-        ),
+        sampling=_sampling_from(message.sampling),
         priority=message.priority,
         arrival=now - message.age,
         hand_over=hand_over,
@@ -60,6 +49,7 @@ def tokens_to(event: TokenEvent, computing: float, cached_tokens: int) -> pb.Seq
         finish=event.finish or "",
         computing=computing,
         cached_tokens=cached_tokens,
+        prompt_logprobs=[_logprob_to(logprob) for logprob in event.prompt_logprobs],
     )
 
 
@@ -82,6 +72,28 @@ def heartbeat_to(load: WorkerLoad, draining: bool) -> pb.Heartbeat:
 
 def attempts_from(messages: Iterable[pb.AttemptId]) -> tuple[Attempt, ...]:
     return tuple(attempt_from(message) for message in messages)
+
+
+def _sampling_from(message: pb.SamplingSpec) -> SamplingParams:
+    return SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        seed=message.seed,
+        sequence_index=message.sequence_index,
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        stop_token_ids=tuple(message.stop_token_ids),
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        min_p=message.min_p,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+        logit_bias=tuple(zip(message.biased_tokens, message.biases, strict=True)),
+        bad_words=tuple(tuple(word.tokens) for word in message.bad_words),
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        grammar=message.grammar or None,
+    )
 
 
 def _logprob_to(logprob: TokenLogprob) -> pb.SpecLogprob:

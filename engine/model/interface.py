@@ -1,4 +1,4 @@
-"""What the executor needs from a model, whatever its family."""
+"""What the executor needs from a model, whatever its family, and what the loader needs to make one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Protocol
 from torch import Tensor
 
 from ...kernels.table import Kernels, PagedAttention
-from ..model_config import ModelConfig
+from ..layers import Weights
 from ..parallel import ParallelContext
+from .config import ModelConfig
 
 
 class CausalModel(Protocol):
@@ -34,4 +35,16 @@ class CausalModel(Protocol):
         tokens and positions int64 [T]; sampled int64 [R] are the packed tokens after which a token is to be
         sampled, ascending. Returns logits [R, V] in the model's type.
         """
+        ...
+
+
+class ModelLoader(Protocol):
+    """How the weights of a family become a model."""
+
+    def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that a checkpoint of this model holds."""
+        ...
+
+    def load(self, config: ModelConfig, weights: Weights, max_model_len: int) -> CausalModel:
+        """Read this rank's share. The checkpoint is known to hold `shapes`; raises ModelError when ranks cannot share it."""
         ...

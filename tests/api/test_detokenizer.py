@@ -8,7 +8,7 @@ import pytest
 from baton.api.detokenizer import ByteDetokenizer, Detokenizer, StopStrings, WindowDetokenizer
 from baton.api.tokenizer import TextTokenizer
 from baton.tests.router.router_process import tokenizer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
@@ -83,20 +83,44 @@ def test_garbage_does_not_wait_for_ever() -> None:
 @given(
     st.lists(st.text("abc", max_size=4), max_size=12),
     st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    st.booleans(),
 )
-def test_stop_strings_cut_at_the_first_match(pieces: list[str], stops: list[str]) -> None:
-    checker, out, stopped = StopStrings(stops), "", False
+@example(["baa"], ["a", "baa"], False)  # one is met within the other
+@example(["a", "b", "c", "d"], ["abcd", "bc"], False)
+@example(["xab", "c"], ["ab", "abc"], True)  # one begins with the other
+@example(["x", "a", "bc"], ["bc", "abc"], True)  # one ends with the other
+def test_stop_strings_cut_at_the_first_match(pieces: list[str], stops: list[str], include: bool) -> None:
+    """The match that is complete first counts, and the longest of those, however the text comes in pieces."""
+    checker, out, stopped = StopStrings(stops, include), "", False
     for count, piece in enumerate(pieces, 1):
         text, stopped = checker.push(piece)
         out += text
-        assert not any(stop in out for stop in stops)  # nothing of a stop string ever went out
         if stopped:
             whole = "".join(pieces[:count])
-            assert out == whole[: min(whole.find(stop) for stop in stops if stop in whole)]
+            end = next(end for end in range(1, len(whole) + 1) if whole[:end].endswith(tuple(stops)))
+            longest = max(len(stop) for stop in stops if whole[:end].endswith(stop))
+            assert out == (whole[:end] if include else whole[: end - longest])
             break
         assert not any(stop in "".join(pieces[:count]) for stop in stops)
+        assert not any(stop in out for stop in stops)  # nothing of a stop string ever went out
     if not stopped:
         assert out + checker.flush() == "".join(pieces)
+
+
+def test_a_stop_string_may_be_spread_over_tokens_and_bytes() -> None:
+    """Every character of it comes in a token of its own, or in several."""
+    stop = "né🙂d"
+    for text in (f"o{stop}x", f"on{stop}", f"{stop[:3]}{stop}"):
+        for include in (False, True):
+            decoder, stops = ByteDetokenizer({byte: bytes([byte]) for byte in range(256)}), StopStrings([stop], include)
+            out = ""
+            for byte in text.encode():
+                new, stopped = stops.push(decoder.push(byte))
+                out += new
+                if stopped:
+                    break
+            assert stopped
+            assert out == text[: text.index(stop) + (len(stop) if include else 0)]
 
 
 @pytest.mark.parametrize(("pushed", "out"), [("ab", "a"), ("aab", "aa"), ("abcx", "abcx"), ("xx", "xx")])

@@ -10,6 +10,7 @@ from baton.core.topology import RouterSpec
 from baton.core.view import Role
 from baton.proto import inference_pb2 as pb
 from baton.proto import inference_pb2_grpc as rpc
+from baton.tests.router.fake_cluster import LOGPROBS
 from baton.tests.router.router_process import Router, running_router, tokenizer, until_health
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -68,6 +69,34 @@ async def test_every_kind_of_prompt(router: Router, stub: rpc.InferenceStub) -> 
     assert prompts[0] == await tokenizer().encode("Hi")
     assert prompts[1] == (9, 8)
     assert prompts[2] == await tokenizer().encode("<|bos|><|user|>Hi<|end|><|assistant|>", False)
+
+
+async def test_the_best_of_several_comes_whole(stub: rpc.InferenceStub) -> None:
+    request = pb.GenerateRequest(text="a", n=2, best_of=4, sampling=pb.Sampling(logprobs=0, prompt_logprobs=1))
+    messages = await generate(stub, request)
+    assert [message.index for message in messages] == [0, 1]
+    assert all(message.text == TEXT and message.finish_reason == "stop" for message in messages)
+    assert [message.logprobs[0].logprob for message in messages] == sorted(LOGPROBS)[:-3:-1]
+    assert all(message.usage.completion_tokens == len(message.token_ids) for message in messages)
+    assert all(message.stages.attempts == 1 for message in messages)
+    assert [[entry.logprob for entry in message.prompt_logprobs] for message in messages] == [
+        [-0.25 * place for place in range(1, messages[0].usage.prompt_tokens)]
+    ] * 2
+
+
+async def test_sampling_parameters_are_checked(stub: rpc.InferenceStub) -> None:
+    for sampling, field in (
+        (pb.Sampling(min_p=2.0), "min_p"),
+        (pb.Sampling(presence_penalty=-2.5), "presence_penalty"),
+        (pb.Sampling(repetition_penalty=0.0), "repetition_penalty"),
+        (pb.Sampling(logit_bias={5000: 1.0}), "logit_bias"),
+        (pb.Sampling(bad_words=[" "]), "bad_words"),
+        (pb.Sampling(prompt_logprobs=21), "prompt_logprobs"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await generate(stub, pb.GenerateRequest(text="a", sampling=sampling))
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (refused.value.details() or "").startswith(f"{field}: ")
 
 
 async def test_stop_string_and_sequences(stub: rpc.InferenceStub) -> None:

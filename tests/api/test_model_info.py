@@ -33,6 +33,8 @@ def test_generation_config_wins(tmp_path: Path) -> None:
     info = load_model_info(spec, tmp_path)
     assert info.eos_token_ids == (3, 4)
     assert (info.temperature, info.top_p, info.top_k) == (0.6, 0.9, 20)
+    write(tmp_path, generation_config={"eos_token_id": None, "top_k": None})
+    assert load_model_info(spec, tmp_path).eos_token_ids == (2,)
 
 
 def test_limit_may_be_lowered_only(tmp_path: Path) -> None:

@@ -66,6 +66,19 @@ def test_kv_pool_is_a_limit_too() -> None:
         ({"n": 129}, "n"),
         ({"min_tokens": 11, "max_tokens": 10}, "min_tokens"),
         ({"logprobs": 21}, "logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 129}, "best_of"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": math.nan}, "min_p"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty"),
+        ({"logit_bias": ((50, 1.0),)}, "logit_bias"),
+        ({"logit_bias": ((5, 100.5),)}, "logit_bias"),
+        ({"logit_bias": ((5, math.nan),)}, "logit_bias"),
+        ({"logit_bias": ((5, 0.0),) * 1025}, "logit_bias"),
         ({"stop": ("a",) * 17}, "stop"),
         ({"stop": ("",)}, "stop"),
         ({"stop_token_ids": (50,)}, "stop_token_ids"),
@@ -78,6 +91,22 @@ def test_refusals_name_the_field(fields: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidRequest, match=f"^{field}: ") as refused:
         to_submission(replace(PLAIN, **fields), MODEL, None)
     assert refused.value.field == field
+
+
+def test_the_models_own_penalties_are_defaults() -> None:
+    own = replace(MODEL, repetition_penalty=1.1, min_p=0.05)
+    sampling = to_submission(PLAIN, own, None).sampling
+    assert (sampling.repetition_penalty, sampling.min_p) == (1.1, 0.05)
+    said = replace(PLAIN, repetition_penalty=1.0, min_p=0.0)
+    assert not to_submission(said, own, None).sampling.shaped
+    assert not to_submission(PLAIN, MODEL, None).sampling.shaped
+
+
+def test_best_of_samples_more_and_asks_for_their_likelihood() -> None:
+    submission = to_submission(replace(PLAIN, n=2, best_of=5), MODEL, None)
+    assert (submission.n, submission.sampling.logprobs) == (5, 0)
+    assert to_submission(replace(PLAIN, n=2, best_of=5, logprobs=3), MODEL, None).sampling.logprobs == 3
+    assert to_submission(replace(PLAIN, n=2, best_of=2), MODEL, None).sampling.logprobs is None
 
 
 def test_passed_deadline() -> None:

@@ -49,6 +49,34 @@ async def test_generate_and_stream(client: AsyncClient) -> None:
     assert chunks[0].logprobs[0].logprob == -0.5
 
 
+async def test_sampling_options(router: Router, client: AsyncClient) -> None:
+    (completion,) = await client.generate(
+        [5, 6, 7],
+        min_p=0.25,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        repetition_penalty=1.5,
+        logit_bias={9: 2.0},
+        bad_words="rude",
+        prompt_logprobs=1,
+        stop=" and",
+        include_stop_str_in_output=True,
+        best_of=3,
+    )
+    assert completion.text == "import wörld and"
+    assert [(entry.token, entry.logprob, len(entry.top)) for entry in completion.prompt_logprobs] == [(6, -0.25, 1), (7, -0.5, 1)]
+    assert completion.logprobs == ()
+    submits = [m.submit.sequence.sampling for m in router.cluster.workers["p0"].received if m.WhichOneof("body") == "submit"]
+    sampling = submits[-1]
+    assert (sampling.min_p, sampling.presence_penalty, sampling.frequency_penalty) == (0.25, 0.5, -0.5)
+    assert (sampling.repetition_penalty, list(sampling.biased_tokens), list(sampling.biases)) == (1.5, [9], [2.0])
+    assert len(sampling.bad_words) == 2
+    assert sampling.sequence_index == 2
+    (first, *rest) = [chunk async for chunk in client.stream([5, 6], prompt_logprobs=0)]
+    assert [entry.token for entry in first.prompt_logprobs] == [6]
+    assert all(chunk.prompt_logprobs == () for chunk in rest)
+
+
 async def test_information(client: AsyncClient) -> None:
     assert (await client.model()).name == "pydoc"
     assert (await client.server_info()).ready
@@ -121,7 +149,7 @@ async def test_sync_client(router: Router) -> None:
 
 
 async def test_options_are_never_ignored(client: AsyncClient) -> None:
-    for options, field in (({"max_token": 5}, "max_token"), ({"n": 0}, "n"), ({"slo": 5}, "slo")):
+    for options, field in (({"max_token": 5}, "max_token"), ({"n": 0}, "n"), ({"best_of": 0}, "best_of"), ({"slo": 5}, "slo")):
         with pytest.raises(InvalidRequest) as refused:
             await client.generate("a", **options)  # type: ignore[arg-type]
         assert refused.value.field == field

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from zlib import crc32
 
-from baton.core.request import Attempt, FinishReason, SamplingParams, SequenceSpec
-from baton.core.step import RowOutput, StepOutput, StepPlan, StepRow
+from baton.core.request import Attempt, FinishReason, SamplingParams, SequenceSpec, TokenLogprob
+from baton.core.step import RowNeeds, RowOutput, StepOutput, StepPlan, StepRow
 from baton.engine.blocks import BlockPool
 
 VOCABULARY = 7
@@ -59,6 +59,7 @@ class FakeDevice:
         self._last_step = 0
         self._last_token: dict[Attempt, tuple[int, int]] = {}  # step, token
         self._failed: set[Attempt] = set()
+        self._known: dict[Attempt, int] = {}  # output tokens that an executor knows for the attempt
 
     def knows(self, spec: SequenceSpec) -> None:
         """Tell the device of a sequence's prompt, against which it checks every token it is fed."""
@@ -138,12 +139,30 @@ class FakeDevice:
             assert table[position // self.pool.block_size] not in published, f"writes to a published block: {row}"
             self._write(table, position, digest)
         self.num_fed += len(tokens)
+        of_prompt = self._check_needs(row)
         if not row.sample:
-            return RowOutput()
+            return RowOutput(prompt_logprobs=of_prompt)
         assert row.output_index == row.end - len(prompt), f"wrong output index: {row}"
         token = token_of(request_id, row.output_index)
         self._last_token[row.attempt] = (submitted.plan.step, token)
-        return RowOutput((token,))
+        return RowOutput((token,), prompt_logprobs=of_prompt)
+
+    def _check_needs(self, row: StepRow) -> tuple[TokenLogprob, ...]:
+        """What an executor would make of the row's needs: it must know every token before it samples by them."""
+        needs = row.needs or RowNeeds()
+        request_id, prompt = row.attempt.request_id, self.prompts[row.attempt.request_id]
+        if row.sampling.shaped and row.sample:
+            if needs.history is None:
+                assert row.needs is not None, f"the executor is not told that it must know the tokens: {row}"
+                assert self._known[row.attempt] == row.output_index, f"the executor has not seen every token: {row}"
+            else:
+                assert needs.history == tuple(self._tokens(request_id, row.end)), f"a wrong history: {row}"
+            self._known[row.attempt] = row.output_index + 1
+        else:
+            assert needs.history is None, f"a history that nobody needs: {row}"
+        expected = () if row.sampling.prompt_logprobs is None else prompt[row.start + 1 : row.end + 1]
+        assert needs.targets == (expected if needs.targets else ()), f"other tokens follow in the prompt: {row}"
+        return tuple(TokenLogprob(token, -1.0) for token in needs.targets)
 
     def _check_untouched(self, submitted: _Submitted) -> None:
         for row, generations in zip(submitted.plan.rows, submitted.generations, strict=True):

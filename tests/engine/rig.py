@@ -52,10 +52,18 @@ class Rig:
         priority: int = 0,
         stop: tuple[int, ...] = (),
         min_tokens: int = 0,
+        shaped: bool = False,
+        reports: bool = False,
     ) -> SequenceSpec:
         """A sequence whose client already has `output` tokens."""
         self.now += 1.0
-        sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop, min_tokens=min_tokens)
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            stop_token_ids=stop,
+            min_tokens=min_tokens,
+            presence_penalty=0.5 if shaped else 0.0,
+            prompt_logprobs=0 if reports else None,
+        )
         earlier = tuple(token_of(name, index) for index in range(output))
         return SequenceSpec(Attempt(name, 1), tuple(prompt), sampling, earlier, priority, self.now, hand_over)
 
@@ -100,6 +108,7 @@ class Rig:
         if plan is not None:
             assert len(plan.rows) <= self.config.max_num_seqs
             assert plan.num_tokens <= self.config.max_step_tokens
+            assert sum(len(row.needs.targets) for row in plan.rows if row.needs) <= self.config.max_reported
             for row in plan.rows:
                 assert row.num_tokens >= 1, f"an empty row: {row}"
                 assert row.output_index < row.sampling.max_tokens, f"beyond max_tokens: {row}"
@@ -171,6 +180,9 @@ class Rig:
 
     def _tokens(self, client: Client, event: TokenEvent) -> None:
         assert event.position == len(client.output), f"{event} does not follow {len(client.output)} tokens"
+        reports = client.spec.sampling.prompt_logprobs is not None and event.position == 0
+        of_prompt = tuple(entry.token for entry in event.prompt_logprobs)
+        assert of_prompt == (client.spec.prompt[1:] if reports else ()), f"{event} tells of another prompt"
         client.output += event.tokens
         client.finish = event.finish
         output, finish = self.expected(event.attempt)

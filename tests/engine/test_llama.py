@@ -18,9 +18,9 @@ from baton.engine.executor import TorchExecutor
 from baton.engine.loader import load_model
 from baton.engine.model.interface import CausalModel
 from baton.engine.model_config import RopeConfig
-from baton.engine.parallel import ParallelContext
 from baton.engine.random_model import Shape, make_model
 from baton.kernels.batch import RowSpan
+from baton.tests.engine.model_rig import ThreadedContext
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -290,21 +290,6 @@ def test_reference_kernels_agree(folder: Path, model: CausalModel) -> None:
         outputs.append([s.output for s in sequences])
         driver.executor.close()
     assert outputs[0] == outputs[1]
-
-
-@dataclass(frozen=True, slots=True)
-class ThreadedContext(ParallelContext):
-    """Two ranks as two threads: all_reduce meets at a barrier and sums."""
-
-    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2))
-    parts: dict[int, Tensor] = field(default_factory=dict)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        self.parts[self.rank] = x
-        self.barrier.wait(30)
-        total = self.parts[0] + self.parts[1]
-        self.barrier.wait(30)
-        return total
 
 
 def test_two_tensor_parallel_ranks_give_the_same_logits(folder: Path, model: CausalModel) -> None:

@@ -14,13 +14,14 @@ from baton.core.errors import ModelError
 from baton.engine import loader
 from baton.engine.cache import kv_layout
 from baton.engine.checkpoint import INDEX, SINGLE, Checkpoint
+from baton.engine.layers import GatedMLP, RowLinear
 from baton.engine.loader import load_config, load_model, resolve_model
-from baton.engine.model.llama import Llama
+from baton.engine.model.decoder import Decoder
+from baton.engine.model.interface import CausalModel
 from baton.engine.model_config import RopeConfig
 from baton.engine.parallel import ParallelContext
 from baton.engine.random_model import Shape, make_model
 from baton.kernels.reference import ReferenceLinear
-from baton.kernels.table import Linear
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -103,16 +104,16 @@ def test_defaults_of_a_sparse_config(folder: Path) -> None:
         ({"model_type": None}, "model_type is None"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "gguf"}}, "quantization_config.quant_method is 'gguf'; it must be one of gptq"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; it must be a whole number"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"num_attention_heads": 3}, "num_key_value_heads is 2; it must be a divisor of num_attention_heads"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4}},
-            "rope_parameters.rope_type is 'yarn'; it must be one of default",
+            {"rope_parameters": {"rope_type": "longrope", "factor": 4}},
+            "rope_parameters.rope_type is 'longrope'; it must be one of default",
         ),
-        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling.type is 'dynamic'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "su", "factor": 2}}, "rope_scaling.type is 'su'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor is None"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"rope_parameters": [1]}, "rope_parameters is .1.; it must be an object"),
@@ -146,10 +147,34 @@ def merged(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def matrix(linear: Linear) -> Tensor:
+def matrix(linear: object) -> Tensor:
     """The weight that a linear was made from."""
     assert isinstance(linear, ReferenceLinear)
     return linear.weight
+
+
+def head_of(model: CausalModel) -> Tensor:
+    assert isinstance(model, Decoder)
+    return matrix(model.head)
+
+
+def qkv_of(model: CausalModel, layer: int) -> Tensor:
+    assert isinstance(model, Decoder)
+    return matrix(model.layers[layer].attention.qkv.linear)
+
+
+def output_of(model: CausalModel, layer: int) -> Tensor:
+    assert isinstance(model, Decoder)
+    output = model.layers[layer].attention.output
+    assert isinstance(output, RowLinear)
+    return matrix(output.linear)
+
+
+def down_of(model: CausalModel, layer: int) -> Tensor:
+    assert isinstance(model, Decoder)
+    mlp = model.layers[layer].mlp
+    assert isinstance(mlp, GatedMLP)
+    return matrix(mlp.down.linear)
 
 
 def test_shards_and_a_single_file_load_alike(folder: Path, tmp_path: Path) -> None:
@@ -161,21 +186,18 @@ def test_shards_and_a_single_file_load_alike(folder: Path, tmp_path: Path) -> No
     shutil.copy(folder / "config.json", single)
     save_file(weights, single / SINGLE)
     model = load_model(single, "float32")
-    assert isinstance(model, Llama)
-    assert isinstance(sharded, Llama)
-    assert torch.equal(matrix(model.head), matrix(sharded.head))
-    for a, b in zip(model.layers, sharded.layers, strict=True):
-        assert torch.equal(matrix(a.qkv.linear), matrix(b.qkv.linear))
-        assert torch.equal(matrix(a.down.linear), matrix(b.down.linear))
+    assert torch.equal(head_of(model), head_of(sharded))
+    for layer in range(SHAPE.num_layers):
+        assert torch.equal(qkv_of(model, layer), qkv_of(sharded, layer))
+        assert torch.equal(down_of(model, layer), down_of(sharded, layer))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_weights_are_converted_and_fused(folder: Path, dtype: str) -> None:
     model, weights = load_model(folder, dtype), merged(folder)
-    assert isinstance(model, Llama)
     attention = "model.layers.1.self_attn"
     fused = torch.cat([weights[f"{attention}.{p}_proj.weight"] for p in "qkv"])
-    assert torch.equal(matrix(model.layers[1].qkv.linear), fused.to(getattr(torch, dtype)))
+    assert torch.equal(qkv_of(model, 1), fused.to(getattr(torch, dtype)))
 
 
 def test_each_rank_reads_its_share(folder: Path) -> None:
@@ -183,13 +205,12 @@ def test_each_rank_reads_its_share(folder: Path) -> None:
     name = "model.layers.0.self_attn"
     for rank in range(2):
         shard = load_model(folder, "float32", ParallelContext(rank, 2))
-        assert isinstance(shard, Llama)
         rows = slice(rank * 16, rank * 16 + 16)
         expected = torch.cat([weights[f"{name}.{p}_proj.weight"][rows] for p in "qkv"])
-        assert torch.equal(matrix(shard.layers[0].qkv.linear), expected)
-        assert torch.equal(matrix(shard.layers[0].output.linear), weights[f"{name}.o_proj.weight"][:, rows])
+        assert torch.equal(qkv_of(shard, 0), expected)
+        assert torch.equal(output_of(shard, 0), weights[f"{name}.o_proj.weight"][:, rows])
         inner = slice(rank * 24, rank * 24 + 24)
-        assert torch.equal(matrix(shard.layers[0].down.linear), weights["model.layers.0.mlp.down_proj.weight"][:, inner])
+        assert torch.equal(down_of(shard, 0), weights["model.layers.0.mlp.down_proj.weight"][:, inner])
 
 
 def test_missing_tensor_and_wrong_shape_are_named(folder: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from baton.core.errors import ModelError
-from baton.engine.loader import load_config, load_model
-from baton.engine.model.llama import llama_shapes
+from baton.engine.loader import LOADERS, load_config, load_model
+from baton.engine.model_config import FAMILIES, RopeConfig
 from baton.engine.random_model import SHAPES, Shape, make_model, num_params, shape_of
+from baton.tests.engine.model_rig import logits_of, oracle_logits, prompt_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SMALL = Shape(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=48, vocab_size=600, head_dim=16)
@@ -32,7 +34,22 @@ def test_transformers_loads_it(folder: Path) -> None:
     assert model.dtype == torch.bfloat16
     assert sum(p.numel() for p in model.parameters()) == num_params(SMALL)
     assert model.generation_config.eos_token_id == list(load_config(folder).eos_token_ids)
-    assert set(llama_shapes(load_config(folder))) == set(model.state_dict())
+    assert set(LOADERS["llama"].shapes(load_config(folder))) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_made_as_transformers_knows_it(tmp_path: Path, family: str) -> None:
+    config = make_model(tmp_path, SMALL, family, dtype="float32", max_model_len=64, shard_bytes=60_000)
+    oracle, loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert load_config(tmp_path) == config
+    prompt = prompt_of(60, vocab_size=SMALL.vocab_size)
+    expected = oracle_logits(oracle.eval(), prompt)
+    torch.testing.assert_close(logits_of(load_model(tmp_path, "float32"), prompt), expected, rtol=1e-4, atol=1e-4)
+    assert len(set(expected.argmax(-1).tolist())) > 10  # greedy output varies
 
 
 def test_the_tokenizer_works(folder: Path) -> None:
@@ -99,3 +116,7 @@ def test_impossible_models_are_refused(tmp_path: Path) -> None:
         make_model(tmp_path, "1M", vocab_size=100)
     with pytest.raises(ModelError, match="dtype"):
         make_model(tmp_path, "1M", dtype="int4")
+    with pytest.raises(ModelError, match="2 heads of 24 do not fill a hidden size of 32"):
+        make_model(tmp_path, replace(SMALL, head_dim=24), family="opt")
+    with pytest.raises(ModelError, match="'linear' is not possible: OPT has no rotary positions"):
+        make_model(tmp_path, SMALL, family="opt", rope=RopeConfig("linear", factor=2.0))

@@ -34,6 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return_preempted=st.booleans(),
         prefix_cache=st.booleans(),
         watermark=st.sampled_from((0.0, 0.2)),
+        max_reported=st.sampled_from((1, 4, 256)),
         ordering=st.sampled_from(("fcfs", "shortest_prompt_first")),
     )
     def start(self, num_blocks: int, block_size: int, ordering: str, **config: object) -> None:
@@ -58,6 +59,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 1),
         stop=st.sampled_from(((), (0,), (1, 2))),
         min_tokens=st.integers(0, 3),
+        shaped=st.booleans(),
+        reports=st.booleans(),
     )
     def add(self, prompt: tuple[int, ...], max_tokens: int, output: int, stop: tuple[int, ...], **fields: object) -> None:
         spec = self._spec(prompt, max_tokens, output, stop=() if output else stop, **fields)
@@ -82,9 +85,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.add(prompt, max_tokens, 0, stop=(), hand_over=len(prompts) - index <= handed_over, priority=0, min_tokens=0)
         self.steps(steps)
 
-    @rule(prompt=PROMPTS, max_tokens=st.integers(2, 12), output=st.integers(0, 2), head_room=st.integers(0, 1))
-    def reserve_and_land(self, prompt: tuple[int, ...], max_tokens: int, output: int, head_room: int) -> None:
-        spec = self._spec(prompt, max_tokens, output)
+    @rule(
+        prompt=PROMPTS,
+        max_tokens=st.integers(2, 12),
+        output=st.integers(0, 2),
+        head_room=st.integers(0, 1),
+        shaped=st.booleans(),
+    )
+    def reserve_and_land(self, prompt: tuple[int, ...], max_tokens: int, output: int, head_room: int, shaped: bool) -> None:
+        spec = self._spec(prompt, max_tokens, output, shaped=shaped, reports=shaped)
         spec = replace(spec, output=spec.output[: max_tokens - 2])  # one token is sampled elsewhere, one is left
         pool = self.rig.pool
         if pool.num_free >= pool.num_blocks_for(len(spec.known_tokens)) + head_room:

@@ -29,13 +29,14 @@ def make_rows(shapes: list[tuple[int, int]], seed: int, clear_tail: bool = True)
     return rows, sum(counts) + 3
 
 
-def written_pool(rows: list[RowSpan], num_blocks: int, dtype: torch.dtype) -> torch.Tensor:
-    """A pool of NaN in which only the positions before each row's start hold keys and values."""
+def written_pool(rows: list[RowSpan], num_blocks: int, dtype: torch.dtype, window: int | None = None) -> torch.Tensor:
+    """A pool of NaN in which only the positions that each row sees before its start hold keys and values."""
     kv = torch.full((num_blocks, LAYERS, 2, KV_HEADS, BLOCK, DIM), float("nan"), dtype=dtype)
     for row in rows:
+        first = 0 if window is None else max(0, row.start + 1 - window)
         for layer in range(LAYERS):
-            prefix = RowSpan(0, row.start, 0, row.block_table)
-            shape = (row.start, KV_HEADS, DIM)
+            prefix = RowSpan(0, row.start - first, first, row.block_table)
+            shape = (prefix.num_tokens, KV_HEADS, DIM)
             reference.write_kv(kv, layer, prefix, torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
     return kv
 
@@ -45,33 +46,56 @@ CHUNKS = st.tuples(st.integers(0, 12), st.integers(2, 9))
 SHAPES = st.lists(st.one_of(DECODE_ROWS, CHUNKS), min_size=1, max_size=6)
 
 
-@settings(max_examples=15, deadline=None)
-@given(shapes=SHAPES, seed=st.integers(0, 10**6), group=st.sampled_from([1, 3]))
-def test_attention_equals_the_reference(shapes: list[tuple[int, int]], seed: int, group: int) -> None:
-    check_attention(shapes, seed, group, torch.float32)
+WINDOWS = st.one_of(st.none(), st.integers(1, 30))
+MIXED = [(0, 17), (13, 1), (30, 1), (7, 1), (12, 5), (0, 1), (3, 1)]
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    shapes=SHAPES, seed=st.integers(0, 10**6), group=st.sampled_from([1, 3]), window=WINDOWS, softcap=st.sampled_from([None, 0.7])
+)
+def test_attention_equals_the_reference(
+    shapes: list[tuple[int, int]], seed: int, group: int, window: int | None, softcap: float | None
+) -> None:
+    check_attention(shapes, seed, group, torch.float32, AttentionSpec(0.3, window, softcap))
+
+
+@pytest.mark.parametrize("spec", [SPEC, AttentionSpec(0.5, 6, 1.5)], ids=["plain", "window and softcap"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_in_half_precision(dtype: torch.dtype) -> None:
-    check_attention([(0, 17), (13, 1), (30, 1), (7, 1), (12, 5), (0, 1), (3, 1)], 3, 3, dtype)
+def test_attention_in_half_precision(dtype: torch.dtype, spec: AttentionSpec) -> None:
+    check_attention(MIXED, 3, 3, dtype, spec)
 
 
-def test_attention_of_a_chunk_longer_than_a_tile() -> None:
+@pytest.mark.parametrize("window", [None, 1, 3, cpu.QUERY_TILE, cpu.QUERY_TILE + 3])
+def test_attention_of_a_chunk_longer_than_a_tile(window: int | None) -> None:
     length = cpu.QUERY_TILE + 5
-    check_attention([(0, length), (6, length)], 0, 1, torch.float32)
+    check_attention([(0, length), (6, length)], 0, 1, torch.float32, AttentionSpec(0.5, window))
 
 
-def check_attention(shapes: list[tuple[int, int]], seed: int, group: int, dtype: torch.dtype) -> None:
+def test_layers_of_one_step_may_see_differently_far() -> None:
+    torch.manual_seed(0)
+    rows, num_blocks = make_rows(MIXED, 0)
+    kv = written_pool(rows, num_blocks, torch.float32)
+    plain_kv = kv.clone()
+    ours, plain = KERNELS["cpu"].attention(kv, rows), KERNELS["reference"].attention(plain_kv, rows)
+    qkv = torch.randn(sum(row.num_tokens for row in rows), 3 * KV_HEADS, DIM)
+    for layer, window in ((0, 5), (1, None), (0, None), (1, 5), (0, 9)):
+        spec = AttentionSpec(0.5, window)
+        got, expected = ours.run(layer, qkv.clone(), spec, None), plain.run(layer, qkv.clone(), spec, None)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def check_attention(shapes: list[tuple[int, int]], seed: int, group: int, dtype: torch.dtype, spec: AttentionSpec = SPEC) -> None:
     torch.manual_seed(seed)
     rows, num_blocks = make_rows(shapes, seed)
-    kv = written_pool(rows, num_blocks, dtype)
+    kv = written_pool(rows, num_blocks, dtype, spec.window)
     expected_kv = kv.clone()
     qkv = torch.randn(sum(row.num_tokens for row in rows), (group + 2) * KV_HEADS, DIM).to(dtype)
     angles = torch.rand(len(qkv), DIM // 2)
     turn = angles.cos().to(dtype), angles.sin().to(dtype)
     ours, plain = KERNELS["cpu"].attention(kv, rows), KERNELS["reference"].attention(expected_kv, rows)
     for layer in range(LAYERS):
-        got, expected = ours.run(layer, qkv.clone(), SPEC, turn), plain.run(layer, qkv.clone(), SPEC, turn)
+        got, expected = ours.run(layer, qkv.clone(), spec, turn), plain.run(layer, qkv.clone(), spec, turn)
         tolerance = TOLERANCE[dtype]
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     untouched = set(range(num_blocks)) - {block for row in rows for block in row.block_table}
@@ -83,7 +107,7 @@ def check_attention(shapes: list[tuple[int, int]], seed: int, group: int, dtype:
                 reference.read_kv(expected_kv, layer, row.block_table, row.end),
                 strict=True,
             ):
-                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def test_tail_is_left_alone_unless_asked() -> None:

@@ -55,6 +55,20 @@ def test_attention_is_causal_attention_over_the_written_cache() -> None:
     assert kv[[1, 2, 4]].isnan().all()
 
 
+def test_attention_sees_a_window_and_bounds_its_scores() -> None:
+    torch.manual_seed(0)
+    kv = torch.full((4, 1, 2, 2, 4, 8), math.nan)  # [N, L, 2, K, S, D]
+    keys, values, query = torch.randn(11, 2, 8), torch.randn(11, 2, 8), torch.randn(11, 4, 8)
+    row = RowSpan(0, 11, 0, (2, 0, 3))
+    reference.write_kv(kv, 0, row, keys, values)
+    got = reference.attention(query, kv, 0, row, AttentionSpec(1.7, window=3, softcap=0.9))
+    scores = torch.einsum("qhd,khd->hqk", query * 1.7, keys.repeat_interleave(2, 1))
+    distance = torch.arange(11)[:, None] - torch.arange(11)
+    hidden = (distance < 0) | (distance > 2)  # a token sees itself and the two before it
+    weights = torch.softmax((0.9 * torch.tanh(scores / 0.9)).masked_fill(hidden, -math.inf), dim=-1)
+    torch.testing.assert_close(got, torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(2, 1)))
+
+
 def test_read_kv_returns_what_was_written() -> None:
     kv = torch.zeros(4, 1, 2, 2, 4, 8)
     keys, values = torch.randn(6, 2, 8), torch.randn(6, 2, 8)
@@ -77,6 +91,10 @@ def test_norm_and_swiglu() -> None:
     x, weight = torch.randn(3, 16), torch.randn(16)
     torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), functional.rms_norm(x, (16,), weight, 1e-5))
     torch.testing.assert_close(reference.silu_mul(x), functional.silu(x[:, :8]) * x[:, 8:])
+    torch.testing.assert_close(reference.gelu_mul(x), functional.gelu(x[:, :8], approximate="tanh") * x[:, 8:])
+    total, normed = reference.add_rms_norm(x, x * 0.5, weight, 1e-5)
+    torch.testing.assert_close(total, x * 1.5)
+    torch.testing.assert_close(normed, functional.rms_norm(x * 1.5, (16,), weight, 1e-5))
 
 
 def test_truncation() -> None:

@@ -21,6 +21,7 @@ from baton.proto import worker_pb2_grpc as rpc
 VOCAB = 300
 
 TokenAt = Callable[[tuple[int, ...], int], int]
+LOGPROBS = (-0.5, -0.875, -0.25, -0.75)  # of every token of the sequence with this index (modulo 4)
 
 
 def token_at(prompt: tuple[int, ...], index: int) -> int:
@@ -200,17 +201,12 @@ class FakeWorker(rpc.WorkerServicer):
         elif running.position + 1 == spec.sampling.max_tokens:
             finish = "length"
         first = not running.prefilled
-        logprobs = []
+        logprobs, of_prompt = [], []
         if spec.sampling.HasField("logprobs"):
-            top = range(spec.sampling.logprobs)
-            logprobs = [
-                pb.SpecLogprob(
-                    token=token,
-                    logprob=-0.5,
-                    top_tokens=[token + i for i in top],
-                    top_logprobs=[-0.5 - i for i in top],
-                )
-            ]
+            logprobs = [_logprob(token, LOGPROBS[spec.sampling.sequence_index % 4], spec.sampling.logprobs)]
+        if spec.sampling.HasField("prompt_logprobs") and running.position == 0:
+            entries = enumerate(spec.prompt[1:], 1)
+            of_prompt = [_logprob(known, -0.25 * place, spec.sampling.prompt_logprobs) for place, known in entries]
         tokens = pb.SequenceTokens(
             attempt=spec.attempt,
             position=running.position + (5 if self.skip_position else 0),
@@ -219,6 +215,7 @@ class FakeWorker(rpc.WorkerServicer):
             finish=finish,
             computing=0.0001 if first else 0.0,
             cached_tokens=3 if first else 0,
+            prompt_logprobs=of_prompt,
         )
         if not (self.mute_first and first):
             batch.append(tokens)
@@ -246,6 +243,11 @@ class FakeWorker(rpc.WorkerServicer):
             running.landed = True
             running.session.put_nowait(pb.WorkerMessage(adopted=pb.Adopted(attempt=attempt)))
             self._work.set()
+
+
+def _logprob(token: int, value: float, num_top: int) -> pb.SpecLogprob:
+    top = range(num_top)
+    return pb.SpecLogprob(token=token, logprob=value, top_tokens=[token + i for i in top], top_logprobs=[value - i for i in top])
 
 
 @dataclass(eq=False)

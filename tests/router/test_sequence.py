@@ -128,3 +128,21 @@ def test_any_interleaving_of_both_workers_gives_the_same_log(data: st.DataObject
         worker = data.draw(st.sampled_from([ref for ref, runs in streams.items() if runs]))
         feed(sequence, worker, FIRST, streams[worker].pop(0))
     assert sequence.tokens == list(range(total))
+
+
+def test_the_logprobs_of_the_prompt_are_taken_once() -> None:
+    of_prompt = (TokenLogprob(2, -1.0),)
+    sequence = split()
+    feed(sequence, P, FIRST, TokenRun(0, (10,), prompt_logprobs=of_prompt))
+    feed(sequence, D, FIRST, TokenRun(1, (11,)))
+    assert sequence.take().prompt_logprobs == of_prompt
+    sequence.place(SECOND, P, P)
+    feed(sequence, P, SECOND, TokenRun(2, (12,)))
+    assert sequence.take().prompt_logprobs == ()
+    stale = split()
+    run = TokenRun(0, (10,), prompt_logprobs=of_prompt)
+    feed(stale, P, FIRST, run)
+    stale.retract(run)
+    stale.place(SECOND, P, P)
+    feed(stale, P, SECOND, TokenRun(0, (10,)))
+    assert stale.take().prompt_logprobs == ()

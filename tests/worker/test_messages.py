@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-from baton.core.request import Attempt, FinishReason, TokenLogprob
+from dataclasses import fields
+
+from baton.core.request import Attempt, FinishReason, Request, SamplingParams, TokenLogprob
 from baton.core.step import TokenEvent
 from baton.proto import worker_pb2 as pb
+from baton.router.wire import run_from, spec_to
 from baton.worker.messages import attempt_from, attempt_to, spec_from, tokens_to
 
 
@@ -25,8 +28,47 @@ def test_a_sequence_arrives_as_it_was_sent() -> None:
 
 
 def test_zero_logprobs_differs_from_none() -> None:
-    message = pb.SequenceSpec(sampling=pb.SamplingSpec(logprobs=0))
-    assert spec_from(message, 0.0, False).sampling.logprobs == 0
+    message = pb.SequenceSpec(sampling=pb.SamplingSpec(logprobs=0, prompt_logprobs=0))
+    sampling = spec_from(message, 0.0, False).sampling
+    assert (sampling.logprobs, sampling.prompt_logprobs) == (0, 0)
+    silent = spec_from(pb.SequenceSpec(), 0.0, False).sampling
+    assert (silent.logprobs, silent.prompt_logprobs, silent.repetition_penalty) == (None, None, 1.0)
+
+
+def test_every_parameter_crosses_the_wire() -> None:
+    """Each field has a value of its own, so that a field that is added and not sent is noticed here."""
+    sampling = SamplingParams(
+        temperature=0.3,
+        top_k=4,
+        top_p=0.7,
+        seed=2**63 - 1,
+        sequence_index=3,
+        max_tokens=9,
+        min_tokens=2,
+        stop_token_ids=(1, 5),
+        logprobs=2,
+        min_p=0.1,
+        presence_penalty=-0.3,
+        frequency_penalty=0.7,
+        repetition_penalty=1.7,
+        logit_bias=((3, -0.1), (8, 99.9)),
+        bad_words=((4,), (5, 6)),
+        prompt_logprobs=1,
+        grammar="start: /a+/",
+    )
+    neutral = SamplingParams()
+    assert all(getattr(sampling, each.name) != getattr(neutral, each.name) for each in fields(SamplingParams))
+    request = Request("r", (1, 2), sampling, arrival=1.0)
+    for output in ((), (7,)):
+        wire = pb.SequenceSpec.FromString(spec_to(Attempt("r", 1), request, output, 2.0).SerializeToString())
+        assert spec_from(wire, 2.0, False).sampling == sampling
+        assert spec_from(wire, 2.0, False).output == output
+
+
+def test_prompt_logprobs_cross_the_wire() -> None:
+    exact = (TokenLogprob(8, -0.5, ((8, -0.5), (3, -1.0))), TokenLogprob(9, -2.0))
+    event = TokenEvent(Attempt("r", 1), 0, (8,), prompt_logprobs=exact)
+    assert run_from(tokens_to(event, 0.0, 0)).prompt_logprobs == exact
 
 
 def test_a_token_event_keeps_position_finish_and_logprobs() -> None:

@@ -1,0 +1,443 @@
+"""What the router costs: streams per second on one core, beside a bare grpc.aio server, with workers that compute nothing.
+
+    .venv/bin/python benchmarks/router.py [--quick] [--memory 100000]
+
+The real router process has one core to itself; fake workers and clients share the other. One prefill and one decode
+worker, {PROMPT} tokens in. Echo: a grpc.aio server on the router's core, at another time of the same run, that answers
+the same requests with the same number of messages of the same size, serialised beforehand.
+
+requests_per_s       {SHORT} tokens out, one a step, {SHORT_STREAMS} requests at once, as fast as the router can
+messages_fraction    {LONG} tokens out, {LONG_STREAMS} streams: messages per second at the clients, over those of the echo
+coalesced_tok_s      {LAGGING} streams whose clients read every {LAG} s, workers as fast as the router can take it
+added_ttft_ms_p50    one request at a time: p50 of (first token at the client - time in the worker) - p50 of the echo's first message
+memory_bytes_per_request   growth of the router's resident memory over --memory requests, after a tenth of them
+
+Figures that end in _cpu_... count the router's own CPU seconds and so bear a busy machine better. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import uvloop
+from baton.core.topology import ModelSpec, PoolSpec, RouterConfig, RouterSpec, Topology
+from baton.core.view import Role
+from baton.proto import inference_pb2 as pb
+from fake_workers import FakeCluster, token_at
+from pydantic import TypeAdapter
+from raw_client import MAX_WINDOW, Answer, Connection
+
+MODEL = Path(__file__).resolve().parents[1] / "examples" / "model" / "pydoc-llama"
+PATH = "/baton.v1.Inference/Generate"
+PROMPT = 64
+SHORT, SHORT_STREAMS = 16, 128
+LONG, LONG_STREAMS = 128, 64
+LAGGING, LAGGING_TOKENS, LAG, LAGGING_WINDOW = 256, 900, 0.2, 1024
+CONNECTIONS = 16
+ROUTER_CORE, OTHER_CORE = (sorted(os.sched_getaffinity(0)) * 2)[:2]
+
+
+class SharedPace(ctypes.Structure):
+    """`fake_workers.Pace` in memory that the processes share."""
+
+    _fields_ = [
+        ("step", ctypes.c_double),
+        ("window", ctypes.c_int64),
+        ("sent", ctypes.c_int64),
+        ("received", ctypes.c_int64),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the clients are to do: keep `streams` requests of `tokens` output tokens running.
+
+    seconds            how long is measured, after `settle` seconds
+    num_requests       instead: until so many have ended, all of them measured
+    window_bytes, lag  a stream's flow-control window, and after what time a client opens it again
+    watched            pids whose CPU time is measured: the server's first
+    """
+
+    address: str
+    tokens: int
+    streams: int
+    connections: int = CONNECTIONS
+    seconds: float = 2.0
+    settle: float = 0.5
+    num_requests: int = 0
+    window_bytes: int = MAX_WINDOW
+    lag: float = 0.0
+    watched: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the clients saw within the measured time. `cpu` holds the CPU seconds of the watched, then the clients' own."""
+
+    seconds: float = 0.0
+    num_requests: int = 0
+    num_messages: int = 0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    first: list[float] = field(default_factory=list)  # seconds to the first message, without the time in the worker
+    cpu: list[float] = field(default_factory=list)
+
+
+# ---- processes ---------------------------------------------------------------------------------------
+
+
+def run_fakes(pipe: multiprocessing.connection.Connection, pace: SharedPace, prefill: int, decode: int) -> None:
+    """The controller and the workers, until the other end of the pipe closes. Says its address, then the router's."""
+
+    async def serve() -> None:
+        cluster = FakeCluster(pace, prefill, decode)
+        await cluster.start()
+        pipe.send(cluster.address)
+        registration = await cluster.registered.get()
+        pipe.send(registration.address)
+        await asyncio.to_thread(pipe.poll, None)
+        await cluster.stop()
+
+    os.sched_setaffinity(0, {OTHER_CORE})
+    uvloop.run(serve())
+
+
+def run_echo(pipe: multiprocessing.connection.Connection) -> None:
+    """A grpc.aio server that answers with as many messages as tokens are asked for."""
+    name = "r0-0123456789ab-1234"
+    middle = pb.GenerateResponse(request_id=name, token_ids=[token_at(0)], text=" all")
+    last = pb.GenerateResponse(request_id=name, token_ids=[token_at(0)], text=" all", finish_reason="length")
+    last.usage.prompt_tokens, last.usage.completion_tokens = PROMPT, SHORT
+    last.stages.CopyFrom(pb.StageTimes(queue=0.1, handoff=0.1, first_decode=0.1, total=0.1))
+    message, end = middle.SerializeToString(), last.SerializeToString()
+
+    async def generate(request: pb.GenerateRequest, context: grpc.aio.ServicerContext[object, object]) -> AsyncIterator[bytes]:
+        for _ in range(request.sampling.max_tokens - 1):
+            yield message
+        yield end
+
+    async def serve() -> None:
+        server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        handler = grpc.unary_stream_rpc_method_handler(generate, request_deserializer=pb.GenerateRequest.FromString)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("baton.v1.Inference", {"Generate": handler}),))
+        pipe.send(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        await server.start()
+        await asyncio.to_thread(pipe.poll, None)
+        await server.stop(None)
+
+    os.sched_setaffinity(0, {ROUTER_CORE})
+    uvloop.run(serve())
+
+
+def run_clients(pipe: multiprocessing.connection.Connection, pace: SharedPace) -> None:
+    """Answers every Load that comes through the pipe with an Outcome."""
+    os.sched_setaffinity(0, {OTHER_CORE})
+    while True:
+        try:
+            load: Load = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(uvloop.run(_serve_clients(load, pace)))
+        except RuntimeError as error:
+            pipe.send(str(error))
+
+
+async def _serve_clients(load: Load, pace: SharedPace) -> Outcome:
+    return await Clients(load, pace).run()
+
+
+class Clients:
+    """One load. Create it inside the running event loop. Raises RuntimeError when a stream does not end well."""
+
+    def __init__(self, load: Load, pace: SharedPace) -> None:
+        self._load = load
+        self._pace = pace
+        self._outcome = Outcome()
+        self._measured: Outcome | None = None
+        sampling = pb.Sampling(max_tokens=load.tokens, temperature=0.0, ignore_eos=True)
+        request = pb.GenerateRequest(sampling=sampling)
+        request.tokens.ids.extend(range(300, 300 + PROMPT))
+        self._request = request.SerializeToString()
+        self._started = 0
+        self._running = 0
+        self._over = False
+        self._idle: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # all have ended, or one has failed
+
+    async def run(self) -> Outcome:
+        load, loop = self._load, asyncio.get_running_loop()
+        host, port = load.address.rsplit(":", 1)
+        connections = []
+        for _ in range(min(load.connections, load.streams)):
+            _, connection = await loop.create_connection(self._connection, host, int(port))
+            await connection.ready
+            connections.append(connection)
+        began = self._snapshot()
+        for number in range(load.streams):
+            self._start(connections[number % len(connections)])
+        if not load.num_requests:
+            await asyncio.wait([self._idle], timeout=load.settle)
+            began = self._snapshot()
+            await asyncio.wait([self._idle], timeout=load.seconds)
+            ended = self._snapshot()
+            self._over = True
+            await self._idle
+        else:
+            await self._idle
+            ended = self._snapshot()
+        for connection in connections:
+            connection.close()
+            await connection.closed
+        return Outcome(
+            seconds=ended.seconds - began.seconds,
+            num_requests=ended.num_requests - began.num_requests,
+            num_messages=ended.num_messages - began.num_messages,
+            num_tokens=ended.num_tokens - began.num_tokens,
+            num_bytes=ended.num_bytes - began.num_bytes,
+            first=self._outcome.first,
+            cpu=[after - before for before, after in zip(began.cpu, ended.cpu, strict=True)],
+        )
+
+    def _connection(self) -> Connection:
+        return Connection(PATH, self._on_message, self._on_end, self._load.window_bytes, self._load.lag)
+
+    def _start(self, connection: Connection) -> None:
+        self._started += 1
+        self._running += 1
+        connection.send(self._request)
+
+    def _on_message(self, num_tokens: int, num_bytes: int) -> None:
+        self._outcome.num_messages += 1
+        self._outcome.num_bytes += num_bytes
+        self._outcome.num_tokens += num_tokens
+        self._pace.received += num_tokens
+
+    def _on_end(self, connection: Connection, answer: Answer) -> None:
+        if answer.finish != "length" or len(answer.tokens) != self._load.tokens:
+            self._fail(f"a stream ended as {answer.finish!r} with {len(answer.tokens)} of {self._load.tokens} tokens: {answer.trailers!r}")
+            return
+        self._running -= 1
+        outcome = self._outcome
+        outcome.num_requests += 1
+        outcome.first.append(answer.first - answer.sent - answer.think)
+        if not self._over and (not self._load.num_requests or self._started < self._load.num_requests):
+            self._start(connection)
+        elif not self._running and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _fail(self, reason: str) -> None:
+        if not self._idle.done():
+            self._idle.set_exception(RuntimeError(reason))
+
+    def _snapshot(self) -> Outcome:
+        outcome = self._outcome
+        cpu = [_cpu_seconds(pid) for pid in (*self._load.watched, os.getpid())]
+        return Outcome(time.monotonic(), outcome.num_requests, outcome.num_messages, outcome.num_tokens, outcome.num_bytes, cpu=cpu)
+
+
+def _cpu_seconds(pid: int) -> float:
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    fields = stat[stat.rindex(")") + 2 :].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# ---- the benchmark -----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Rig:
+    """All processes, running. `measure` asks the clients."""
+
+    router: str
+    echo: str
+    router_pid: int
+    echo_pid: int
+    fakes_pid: int
+    pace: SharedPace
+    clients: multiprocessing.connection.Connection
+
+    def measure(self, echo: bool = False, step: float = 0.0, window: int = 0, **fields: object) -> Outcome:
+        """Put a load on the router or on the echo. `step` and `window` set the workers' pace."""
+        self.pace.step, self.pace.window = step, window
+        self.pace.sent = self.pace.received = 0
+        pid = self.echo_pid if echo else self.router_pid
+        self.clients.send(Load(self.echo if echo else self.router, watched=(pid, self.fakes_pid), **fields))  # type: ignore[arg-type]
+        outcome: Outcome | str = self.clients.recv()
+        if isinstance(outcome, str):
+            raise SystemExit(outcome)
+        return outcome
+
+    def router_memory(self) -> int:
+        """Resident bytes of the router."""
+        return int(Path(f"/proc/{self.router_pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def running(prefill: int = 1, decode: int = 1) -> Iterator[Rig]:
+    """Fakes, router, echo and clients, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    pace: SharedPace = context.Value(SharedPace, lock=False)  # type: ignore[assignment]
+    children = []
+
+    def start(target: Callable[..., None], *arguments: object) -> tuple[multiprocessing.connection.Connection, int]:
+        ours, theirs = context.Pipe()
+        child = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+        child.start()
+        theirs.close()
+        children.append(child)
+        assert child.pid is not None
+        return ours, child.pid
+
+    with tempfile.TemporaryFile() as log:
+        fakes, fakes_pid = start(run_fakes, pace, prefill, decode)
+        echo, echo_pid = start(run_echo)
+        clients, _ = start(run_clients, pace)
+        router = _start_router(fakes.recv(), log.fileno())
+        try:
+            yield Rig(fakes.recv(), echo.recv(), router.pid, echo_pid, fakes_pid, pace, clients)
+        finally:
+            router.terminate()
+            router.wait()
+            for pipe in (fakes, echo, clients):
+                pipe.close()
+            for child in children:
+                child.join(5)
+                child.kill()
+
+
+def _start_router(controller: str, log: int) -> subprocess.Popen[bytes]:
+    """The real router, on one core."""
+    pools = (PoolSpec(Role.PREFILL), PoolSpec(Role.DECODE))
+    spec = RouterSpec(grpc="127.0.0.1:0", http="127.0.0.1:0", admission="queue_length", seed=1)
+    config = RouterConfig("r0", Topology("benchmark", ModelSpec(str(MODEL)), pools, router=spec), controller)
+    return subprocess.Popen(
+        [sys.executable, "-m", "baton.deploy.router_process", TypeAdapter(RouterConfig).dump_json(config).decode()],
+        stderr=log,
+        preexec_fn=lambda: os.sched_setaffinity(0, {ROUTER_CORE}),
+    )
+
+
+def main() -> None:
+    arguments = _arguments()
+    figures: dict[str, float] = {}
+    with running() as rig:
+        turns, seconds = (1, 1.5) if arguments.quick else (3, 3.0)
+        rig.measure(tokens=SHORT, streams=SHORT_STREAMS, seconds=0.5)  # warm up
+        rig.measure(echo=True, tokens=SHORT, streams=SHORT_STREAMS, seconds=0.5)
+        figures |= _first_token(rig, 200 if arguments.quick else 1000)
+        figures |= _requests(rig, turns, seconds)
+        figures |= _messages(rig, turns, seconds)
+        if arguments.memory:
+            figures |= _memory(rig, arguments.memory)
+    with running(decode=2) as rig:
+        figures |= _coalesced(rig, seconds + 1)
+    print(json.dumps(figures))
+
+
+def _first_token(rig: Rig, count: int) -> dict[str, float]:
+    """One request at a time on an idle router; in turns with the echo."""
+    through, bare = [], []
+    for _ in range(4):
+        through += rig.measure(tokens=2, streams=1, num_requests=count // 4).first
+        bare += rig.measure(echo=True, tokens=2, streams=1, num_requests=count // 4).first
+    ttft, round_trip = 1000 * statistics.median(through), 1000 * statistics.median(bare)
+    print(f"first token: {ttft:.3f} ms through the router without the worker's own time, {round_trip:.3f} ms from the echo (p50)")
+    return {"added_ttft_ms_p50": round(ttft - round_trip, 3), "echo_first_ms_p50": round(round_trip, 3)}
+
+
+def _requests(rig: Rig, turns: int, seconds: float) -> dict[str, float]:
+    runs, echoes = _in_turn(rig, turns, tokens=SHORT, streams=SHORT_STREAMS, seconds=seconds, step=0.002)
+    return {
+        "requests_per_s": _median([run.num_requests / run.seconds for run in runs]),
+        "requests_per_cpu_s": _median([run.num_requests / run.cpu[0] for run in runs]),
+        "echo_requests_per_s": _median([run.num_requests / run.seconds for run in echoes]),
+        "messages_per_short_request": _median([run.num_messages / run.num_requests for run in runs], 2),
+    }
+
+
+def _messages(rig: Rig, turns: int, seconds: float) -> dict[str, float]:
+    runs, echoes = _in_turn(rig, turns, tokens=LONG, streams=LONG_STREAMS, seconds=seconds, window=LONG_STREAMS // 2)
+    rates = [run.num_messages / run.seconds for run in runs]
+    bare = [run.num_messages / run.seconds for run in echoes]
+    cpu = [(run.cpu[0] / run.num_messages, echo.cpu[0] / echo.num_messages) for run, echo in zip(runs, echoes, strict=True)]
+    return {
+        "messages_fraction": _median([rate / echo for rate, echo in zip(rates, bare, strict=True)], 3),
+        "messages_fraction_cpu": _median([echo / run for run, echo in cpu], 3),
+        "messages_per_s": _median(rates),
+        "echo_messages_per_s": _median(bare),
+        "tokens_per_message": _median([run.num_tokens / run.num_messages for run in runs], 3),
+    }
+
+
+def _coalesced(rig: Rig, seconds: float) -> dict[str, float]:
+    run = rig.measure(
+        tokens=LAGGING_TOKENS, streams=LAGGING, seconds=seconds, settle=1.0, window_bytes=LAGGING_WINDOW, lag=LAG
+    )
+    _print("lagging clients", run)
+    return {
+        "coalesced_tok_s": round(run.num_tokens / run.seconds),
+        "coalesced_tok_cpu_s": round(run.num_tokens / run.cpu[0]),
+        "coalesced_tokens_per_message": round(run.num_tokens / run.num_messages, 1),
+    }
+
+
+def _memory(rig: Rig, num_requests: int) -> dict[str, float]:
+    sizes = []
+    for _ in range(10):
+        rig.measure(tokens=SHORT, streams=SHORT_STREAMS, num_requests=num_requests // 10, step=0.002)
+        sizes.append(rig.router_memory())
+        print(f"memory after {len(sizes) * num_requests // 10} requests: {sizes[-1] / 2**20:.1f} MiB", flush=True)
+    return {"memory_bytes_per_request": round((sizes[-1] - sizes[0]) / (0.9 * num_requests), 1)}
+
+
+def _in_turn(rig: Rig, turns: int, step: float = 0.0, window: int = 0, **fields: object) -> tuple[list[Outcome], list[Outcome]]:
+    """The same load on the echo and on the router, one after the other."""
+    runs, echoes = [], []
+    for _ in range(turns):
+        echoes.append(rig.measure(echo=True, **fields))
+        _print("echo", echoes[-1])
+        runs.append(rig.measure(step=step, window=window, **fields))
+        _print("router", runs[-1])
+    return runs, echoes
+
+
+def _print(name: str, run: Outcome) -> None:
+    share = [f"{who} {100 * cpu / run.seconds:.0f}%" for who, cpu in zip(("server", "fakes", "clients"), run.cpu, strict=True)]
+    print(
+        f"{name}: {run.num_requests / run.seconds:.0f} requests/s, {run.num_messages / run.seconds:.0f} messages/s of "
+        f"{run.num_bytes / run.num_messages:.0f} bytes, {run.num_tokens / run.seconds:.0f} tokens/s; server "
+        f"{1e6 * run.cpu[0] / run.num_messages:.1f} us a message, {1e6 * run.cpu[0] / max(1, run.num_requests):.0f} us a request; "
+        f"CPU: {', '.join(share)}",
+        flush=True,
+    )
+
+
+def _median(values: list[float], digits: int = 0) -> float:
+    return round(statistics.median(values), digits)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="shorter turns, one of each")
+    parser.add_argument("--memory", type=int, default=0, metavar="N", help="also watch the router's memory over N requests")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
