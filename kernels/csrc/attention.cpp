@@ -325,12 +325,12 @@ struct Walk {
     }
 };
 
-// Asks for the cache lines of 16 positions, long before they are used. The hardware's own prefetching ends at each page
+// Asks for the cache lines of four positions, long before they are used. The hardware's own prefetching ends at each page
 // of 4 KiB, which is about what one KV head keeps of a block: without this, decode waits for memory 3/4 of its time.
 // Inlined by force: gcc takes a function that only prefetches for one without effect and drops its calls.
 template <class T>
 __attribute__((always_inline)) inline void prefetch(const Cache<T>& cache, long position, long end, long offset) {
-    const long last = std::min(position + 16, end);
+    const long last = std::min(position + 4, end);
     while (position < last) {
         const long count = std::min(last - position, cache.block_size - position % cache.block_size);
         const char* at = reinterpret_cast<const char*>(cache.key(position) + offset);
@@ -401,10 +401,10 @@ void attend_heads(const BatonLayer& layer, const Cache<T>& cache, long begin, lo
         for (int v = 0; v < V; ++v) queries[g][v] = load_words(query + g * dim + v * 16 * kPerWord<T>, words - 16 * v);
     Walk<T> walk(cache, from);
     for (long position = from; position < to; position += 16) {
-        prefetch(cache, position + kAhead, end, 0);
-        prefetch(cache, position, end, cache.value_offset);
         f32x16 quads[G][4];
         for (int q = 0; q < 4; ++q) {
+            prefetch(cache, position + 4 * q + kAhead, end, 0);
+            prefetch(cache, position + 4 * q, end, cache.value_offset);
             f32x16 dots[G][4] = {};
             for (int i = 0; i < 4; ++i) {
                 if (position + 4 * q + i >= end) continue;  // its block may not exist
