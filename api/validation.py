@@ -123,15 +123,13 @@ def to_submission(parameters: Parameters, model: ModelInfo, capacity: int | None
     _check_dealing(parameters)
     _check_grammar(parameters, model)
     num_sampled = _or(parameters.best_of, parameters.n)
-    # The end of a structured output is its EOS token, which nobody can wish away.
-    eos = () if parameters.ignore_eos and parameters.grammar is None else model.eos_token_ids
     sampling = SamplingParams(
         temperature=_or(parameters.temperature, model.temperature),
         top_k=_or(parameters.top_k, model.top_k),
         top_p=_or(parameters.top_p, model.top_p),
         max_tokens=max_tokens,
         min_tokens=parameters.min_tokens,
-        stop_token_ids=tuple(dict.fromkeys((*eos, *parameters.stop_token_ids))),
+        stop_token_ids=_stop_tokens(parameters, model),
         logprobs=0 if parameters.logprobs is None and num_sampled > parameters.n else parameters.logprobs,
         min_p=_or(parameters.min_p, model.min_p),
         presence_penalty=parameters.presence_penalty,
@@ -153,6 +151,12 @@ def to_submission(parameters: Parameters, model: ModelInfo, capacity: int | None
         slo=parameters.slo,
         timeout=parameters.timeout,
     )
+
+
+def _stop_tokens(parameters: Parameters, model: ModelInfo) -> tuple[int, ...]:
+    """The end of a structured output is its EOS token, which nobody can wish away."""
+    eos = () if parameters.ignore_eos and parameters.grammar is None else model.eos_token_ids
+    return tuple(dict.fromkeys((*eos, *parameters.stop_token_ids)))
 
 
 def _check_prompt(prompt: tuple[int, ...], field: str, model: ModelInfo) -> None:

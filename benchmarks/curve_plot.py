@@ -77,7 +77,7 @@ def draw(curve: Curve, stem: Path) -> None:
 
 def _draw_panel(curve: Curve, panel: Panel, axes: Axes) -> None:
     """Lines through medians over turns, bars from the least to the most of them."""
-    for label, colour, marker in _styles(curve):
+    for number, (label, colour, marker) in enumerate(_styles(curve)):
         places, middles, lows, highs = [], [], [], []
         for rate in curve.rates(label):
             values = curve.values(label, rate, panel.value)
@@ -88,22 +88,25 @@ def _draw_panel(curve: Curve, panel: Panel, axes: Axes) -> None:
             middles.append(middle)
             lows.append(middle - values[0])
             highs.append(values[-1] - middle)
-        axes.errorbar(places, middles, yerr=(lows, highs), color=colour, marker=marker, markersize=5, linewidth=1.6, capsize=2.5)
+        size = max(3.5, 9.5 - 1.9 * number)  # equal values must not hide each other
+        axes.errorbar(
+            places, middles, yerr=(lows, highs), color=colour, marker=marker, markersize=size, linewidth=1.6, capsize=2.5
+        )
     axes.set_title(panel.title, loc="left", fontweight="bold")
     axes.set_xlabel("offered requests/s (Poisson)")
     axes.set_ylabel(panel.axis)
+    if panel.rule is not None:  # before the limits are set: it must be in view
+        axes.axhline(panel.rule, color="#1c2024", linewidth=1, linestyle=(0, (5, 4)))
+        axes.annotate(
+            f"{panel.rule_label} {panel.rule:g}", (1, panel.rule), xycoords=("axes fraction", "data"), va="bottom", ha="right"
+        )
     if panel.log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.set_ylim(bottom=0)
-    if panel.rule is not None:
-        axes.axhline(panel.rule, color="#1c2024", linewidth=1, linestyle=(0, (5, 4)))
-        axes.annotate(
-            f"{panel.rule_label} {panel.rule:g}", (1, panel.rule), xycoords=("axes fraction", "data"), va="bottom", ha="right"
-        )
+        axes.set_ylim(0, 1.05 * axes.dataLim.ymax if axes.dataLim.ymax > (panel.rule or 0) else None)
     axes.set_xlim(left=0, right=1.05 * max((point.rate for point in curve.points), default=1.0))
     axes.grid(color="#eceef0")
     axes.set_axisbelow(True)
@@ -141,9 +144,9 @@ def _footnotes(curve: Curve) -> list[str]:
     turns = [
         len(curve.values(label, rate, lambda point: point.attainment)) for label in curve.labels for rate in curve.rates(label)
     ]
-    offered = _range([point.num_offered for point in points])
+    offered, each = _range([point.num_offered for point in points]), _range(turns)
     notes = [
-        f"{offered} requests a point, {_range(turns)} turns a point: medians, bars from least to most. "
+        f"{offered} requests a point, {each} turn{'' if each == '1' else 's'} of each: medians, bars from least to most. "
         f"Attainment counts all offered requests; goodput of a system is the largest rate tried up to which it "
         f"stays at {curve.setting.target:.0%} or above. Measured {_dates(points)}."
     ]

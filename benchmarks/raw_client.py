@@ -22,6 +22,7 @@ END_STREAM, END_HEADERS, ACK = 0x1, 0x4, 0x1
 HEADER_TABLE_SIZE, INITIAL_WINDOW_SIZE = 0x1, 0x4
 MAX_WINDOW = (1 << 31) - 1
 DEFAULT_WINDOW = 65_535
+LAGGING_WINDOW = 64  # bytes that a stream may send ahead to a client that lags: about a message of one token
 
 
 @dataclass(slots=True)
@@ -35,24 +36,24 @@ class Answer:
     finish: str = ""
     tokens: list[int] = field(default_factory=list)
     trailers: bytes = b""
+    window: int = 0  # bytes that the server may send, where that is limited
     rest: bytes = b""  # of a message that is not complete yet
 
 
 class Connection(asyncio.Protocol):
-    """One connection. `window` is what a stream may send ahead; it is opened again `lag` seconds after it was used."""
+    """One connection. With a `lag`, every stream takes one message and then nothing for so many seconds."""
 
     def __init__(
         self,
         path: str,
         on_message: Callable[[int, int], None],
         on_end: Callable[[Connection, Answer], None],
-        window: int = MAX_WINDOW,
         lag: float = 0.0,
     ) -> None:
         self._headers = _request_headers(path)
         self._on_message = on_message
         self._on_end = on_end
-        self._window = window
+        self._window = LAGGING_WINDOW if lag else MAX_WINDOW
         self._lag = lag
         self._next_id = 1
         self._answers: dict[int, Answer] = {}
@@ -72,7 +73,7 @@ class Connection(asyncio.Protocol):
         if self._allowance < 0:
             raise RuntimeError("the server's flow-control window is used up: this client does not wait")
         number, self._next_id = self._next_id, self._next_id + 2
-        self._answers[number] = Answer(time.monotonic())
+        self._answers[number] = Answer(time.monotonic(), window=self._window)
         headers = _frame(HEADERS, END_HEADERS, number, self._headers)
         self._transport.write(headers + _frame(DATA, END_STREAM, number, body))
 
@@ -134,8 +135,6 @@ class Connection(asyncio.Protocol):
             self._consumed = 0
         if answer is None:
             return
-        if self._lag:
-            self._loop.call_later(self._lag, self._open, number, len(payload))
         data = answer.rest + payload if answer.rest else payload
         position = 0
         while len(data) - position >= 5:
@@ -144,7 +143,13 @@ class Connection(asyncio.Protocol):
                 break
             self._message(answer, data[position + 5 : position + 5 + length])
             position += 5 + length
-        answer.rest = data[position:]
+        answer.rest = rest = data[position:]
+        if self._lag:
+            answer.window -= len(payload)
+            if len(rest) >= 5:
+                self._open(number, 5 + int.from_bytes(rest[1:5], "big") - len(rest) - answer.window)
+            elif position:
+                self._loop.call_later(self._lag, self._reopen, number)
 
     def _message(self, answer: Answer, data: bytes) -> None:
         message = pb.GenerateResponse.FromString(data)
@@ -163,9 +168,16 @@ class Connection(asyncio.Protocol):
             answer.trailers = trailers
             self._on_end(self, answer)
 
+    def _reopen(self, number: int) -> None:
+        answer = self._answers.get(number)
+        if answer is not None:
+            self._open(number, self._window - answer.window)
+
     def _open(self, number: int, num_bytes: int) -> None:
-        """Let the server send `num_bytes` more."""
-        if num_bytes and (number == 0 or number in self._answers):
+        """Let the server send `num_bytes` more; on one stream, or number 0: on all together."""
+        if num_bytes > 0:
+            if number:
+                self._answers[number].window += num_bytes
             self._write(_frame(WINDOW_UPDATE, 0, number, num_bytes.to_bytes(4, "big")))
 
     def _write(self, frame: bytes) -> None:

@@ -41,14 +41,14 @@ from baton.core.view import Role
 from baton.proto import inference_pb2 as pb
 from fake_workers import FakeCluster, token_at
 from pydantic import TypeAdapter
-from raw_client import MAX_WINDOW, Answer, Connection
+from raw_client import Answer, Connection
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "model" / "pydoc-llama"
 PATH = "/baton.v1.Inference/Generate"
 PROMPT = 64
 SHORT, SHORT_STREAMS = 16, 128
 LONG, LONG_STREAMS = 128, 64
-LAGGING, LAGGING_TOKENS, LAG, LAGGING_WINDOW = 256, 900, 0.2, 1024
+LAGGING, LAGGING_TOKENS, LAG = 256, 900, 0.2
 CONNECTIONS = 16
 ROUTER_CORE, OTHER_CORE = (sorted(os.sched_getaffinity(0)) * 2)[:2]
 
@@ -70,7 +70,7 @@ class Load:
 
     seconds            how long is measured, after `settle` seconds
     num_requests       instead: until so many have ended, all of them measured
-    window_bytes, lag  a stream's flow-control window, and after what time a client opens it again
+    lag                seconds that a client takes over every message of a stream
     watched            pids whose CPU time is measured: the server's first
     """
 
@@ -81,7 +81,6 @@ class Load:
     seconds: float = 2.0
     settle: float = 0.5
     num_requests: int = 0
-    window_bytes: int = MAX_WINDOW
     lag: float = 0.0
     watched: tuple[int, ...] = ()
 
@@ -215,7 +214,7 @@ class Clients:
         )
 
     def _connection(self) -> Connection:
-        return Connection(PATH, self._on_message, self._on_end, self._load.window_bytes, self._load.lag)
+        return Connection(PATH, self._on_message, self._on_end, self._load.lag)
 
     def _start(self, connection: Connection) -> None:
         self._started += 1
@@ -387,7 +386,7 @@ def _messages(rig: Rig, turns: int, seconds: float) -> dict[str, float]:
 
 def _coalesced(rig: Rig, seconds: float) -> dict[str, float]:
     run = rig.measure(
-        tokens=LAGGING_TOKENS, streams=LAGGING, seconds=seconds, settle=1.0, window_bytes=LAGGING_WINDOW, lag=LAG
+        tokens=LAGGING_TOKENS, streams=LAGGING, seconds=seconds, settle=1.0, window=200 * LAGGING, lag=LAG
     )
     _print("lagging clients", run)
     return {

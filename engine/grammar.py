@@ -24,7 +24,7 @@ from ..core.request import Attempt
 from ..core.step import RowOutput, StepRow
 
 MAX_COMPILED = 64  # grammars that are kept, the latest used
-MAX_SEQUENCES = 1 << 12  # sequences whose state is kept, the latest used
+MAX_SEQUENCES = 1 << 10  # sequences whose state is kept, the latest used
 
 Mask = NDArray[np.bool_]  # [V]: True for the tokens that are allowed
 

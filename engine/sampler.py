@@ -12,18 +12,19 @@ any retry, on any worker. Greedy rows cost one argmax.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..core.request import SamplingParams, TokenLogprob
+from ..core.request import TokenLogprob
 from ..core.step import RowOutput, StepRow
-from ..kernels.cpu import exponential_noise, philox_words
+from ..kernels import cpu
+from ..kernels.batch import DrawSpec
 from .grammar import Mask
 from .shaping import Shaper, shape
 
-FIRST_CANDIDATES = 256  # likeliest tokens looked at first when truncating; all of them only when those do not suffice
+Draw = Callable[[Tensor, Sequence[DrawSpec]], Tensor]
 
 
 def sample(
@@ -31,11 +32,12 @@ def sample(
     rows: Sequence[StepRow],
     allowed: Mapping[int, Mask] | None = None,
     shapers: Mapping[int, Shaper] | None = None,
+    draw: Draw = cpu.draw,
 ) -> list[RowOutput]:
     """One token per row: logits [R, V] of any float type, rows[i] asks for logits[i]. `logits` may be overwritten.
 
     allowed[i] are the tokens that the grammar of rows[i] allows, at least one; whatever else bans all of them loses.
-    shapers[i] knows the tokens of rows[i] and what they do to its logits.
+    shapers[i] knows the tokens of rows[i] and what they do to its logits. draw makes tokens of the rows that are not greedy.
 
     Greedy rows take the argmax, the lowest id when tokens tie.
     """
@@ -49,7 +51,7 @@ def sample(
     chosen = torch.argmax(wide, dim=-1)  # [R]
     drawn = [i for i, row in enumerate(rows) if not row.sampling.greedy]
     if drawn:
-        chosen[drawn] = _draw(wide[drawn], [rows[i] for i in drawn])
+        chosen[drawn] = draw(wide[drawn], [_draw_spec(rows[i]) for i in drawn])
     tokens: list[int] = chosen.tolist()
     if raw is None:
         return [RowOutput((token,)) for token in tokens]
@@ -87,59 +89,11 @@ def _ban_all_but(logits: Tensor, allowed: Mapping[int, Mask]) -> None:
             row[keep] = 0.0  # all were banned: they are equally likely now
 
 
-def _draw(logits: Tensor, rows: Sequence[StepRow]) -> Tensor:
-    """Gumbel-max over the truncated distribution: logits float32 [R, V] -> tokens int64 [R]."""
-    params = [row.sampling for row in rows]
-    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float32)[:, None]
-    # The likeliest token stands at 0, so a tiny temperature cannot overflow.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature)
-    selective = [i for i, p in enumerate(params) if p.min_p > 0.0]
-    if selective:
-        least = torch.tensor([math.log(params[i].min_p) for i in selective], dtype=torch.float32)[:, None]
-        likely = scaled[selective]  # the likeliest at 0, so logarithms of shares of its probability
-        scaled[selective] = likely.masked_fill_(likely < least, -math.inf)
-    truncated = [i for i, p in enumerate(params) if 0 < p.top_k < logits.shape[1] or p.top_p < 1.0]
-    if truncated:
-        scaled[truncated] = _truncate(scaled[truncated], [params[i] for i in truncated])
-    words = philox_words(
-        torch.tensor([p.seed for p in params]),
-        torch.tensor([p.sequence_index for p in params]),
-        torch.tensor([row.output_index for row in rows]),
-        logits.shape[1],
+def _draw_spec(row: StepRow) -> DrawSpec:
+    params = row.sampling
+    return DrawSpec(
+        params.temperature, params.top_k, params.top_p, params.min_p, params.seed, params.sequence_index, row.output_index
     )
-    # logit + g with g = -log(e) Gumbel and e exponential.
-    return torch.argmax(scaled.sub_(exponential_noise(words).log_()), dim=-1)
-
-
-def _truncate(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Top-k, then top-p over what is left: [R, V] -> [R, V] with -inf for what is dropped; see `reference.truncate`."""
-    vocabulary = scaled.shape[1]
-    top_k = torch.tensor([p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params])[:, None]  # [R, 1]
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float32)[:, None]
-    largest_k = max((p.top_k for p in params if p.top_k < vocabulary), default=0)
-    num_candidates = min(vocabulary, max(FIRST_CANDIDATES, largest_k))
-    threshold = _threshold(scaled, top_k, top_p, num_candidates)
-    if threshold is None:
-        threshold = _threshold(scaled, top_k, top_p, vocabulary)
-    return scaled if threshold is None else scaled.masked_fill_(scaled < threshold, -math.inf)
-
-
-def _threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor, num_candidates: int) -> Tensor | None:
-    """The smallest logit kept in each row [R, 1], or None when it is not among the `num_candidates` likeliest."""
-    vocabulary = scaled.shape[1]
-    ordered = scaled.topk(num_candidates, dim=-1).values  # [R, num_candidates], falling
-    kth = ordered.gather(1, (top_k - 1).clamp(max=num_candidates - 1))  # [R, 1]
-    kth = torch.where(top_k < vocabulary, kth, -math.inf)
-    # The mass that top-p divides: all tokens of at least the k-th logit.
-    total = torch.where(scaled >= kth, scaled, -math.inf).logsumexp(-1, keepdim=True)  # [R, 1]
-    probabilities = (ordered - total).exp_().masked_fill_(ordered < kth, 0.0)
-    before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens
-    kept = ((before < top_p) & (ordered >= kth)).sum(-1, keepdim=True).clamp_(min=1)  # [R, 1]
-    undecided = (kept == num_candidates) & (top_p < 1.0) & (ordered[:, -1:] > kth)
-    if num_candidates < vocabulary and bool(undecided.any()):
-        return None
-    last = ordered.gather(1, kept - 1)
-    return torch.where(top_p < 1.0, torch.maximum(last, kth), kth)
 
 
 def _logprob(raw: Tensor, token: int, num_top: int) -> TokenLogprob:

@@ -1,4 +1,5 @@
-"""What a kernel is told of a step: where each row's tokens stand in the packed batch, where their KV lives, how a layer attends.
+"""What a kernel is told of a step: where each row's tokens stand in the packed batch, where their KV lives, how a layer attends,
+and how a token is drawn.
 
 Rows are packed one after the other: row i owns packed tokens [offset, offset + num_tokens).
 """
@@ -44,3 +45,21 @@ class AttentionSpec:
     scale: float
     window: int | None = None
     softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DrawSpec:
+    """How a row of logits becomes a token: temperature, min-p, top-k and top-p, each over what the one before it left,
+    then a draw whose key is (seed, sequence_index, output_index); see `reference.draw`.
+
+    temperature  above 0
+    min_p, top_k 0 keeps all
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    sequence_index: int
+    output_index: int

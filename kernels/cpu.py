@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .batch import AttentionSpec, RowSpan
+from .batch import AttentionSpec, DrawSpec, RowSpan
 
 QUERY_TILE = 128  # queries per tile of prefill attention: bounds the scores in memory and skips what causality hides
 GROUP_BYTES = 4 << 20  # KV gathered at once for decode rows: bounds padding, and what leaves the core's cache
+FIRST_CANDIDATES = 256  # likeliest tokens looked at first when truncating; all of them only when those do not suffice
 LARGEST_UNIFORM = 1.0 - 2.0**-24  # the float32 below 1: keeps -log(1 - u) finite
 
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -295,6 +296,60 @@ def _run_index(tables: Tensor, num_layers: int, kv_heads: int) -> Tensor:
     which = torch.arange(2)[:, None, None, None] * kv_heads
     head = torch.arange(kv_heads)[None, None, :, None]
     return (first + which + head).flatten()
+
+
+def draw(logits: Tensor, specs: Sequence[DrawSpec]) -> Tensor:
+    """Gumbel-max over the truncated distribution: float32 [R, V] -> int64 [R]; see `reference.draw`."""
+    temperature = torch.tensor([spec.temperature for spec in specs], dtype=torch.float32)[:, None]
+    # The likeliest token stands at 0, so a tiny temperature cannot overflow.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature)
+    selective = [i for i, spec in enumerate(specs) if spec.min_p > 0.0]
+    if selective:
+        least = torch.tensor([math.log(specs[i].min_p) for i in selective], dtype=torch.float32)[:, None]
+        likely = scaled[selective]  # the likeliest at 0, so logarithms of shares of its probability
+        scaled[selective] = likely.masked_fill_(likely < least, -math.inf)
+    truncated = [i for i, spec in enumerate(specs) if 0 < spec.top_k < logits.shape[1] or spec.top_p < 1.0]
+    if truncated:
+        scaled[truncated] = _truncate(scaled[truncated], [specs[i] for i in truncated])
+    words = philox_words(
+        torch.tensor([spec.seed for spec in specs]),
+        torch.tensor([spec.sequence_index for spec in specs]),
+        torch.tensor([spec.output_index for spec in specs]),
+        logits.shape[1],
+    )
+    # logit + g with g = -log(e) Gumbel and e exponential.
+    return torch.argmax(scaled.sub_(exponential_noise(words).log_()), dim=-1)
+
+
+def _truncate(scaled: Tensor, specs: Sequence[DrawSpec]) -> Tensor:
+    """Top-k, then top-p over what is left: [R, V] -> [R, V] with -inf for what is dropped; see `reference.truncate`."""
+    vocabulary = scaled.shape[1]
+    top_k = torch.tensor([p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in specs])[:, None]  # [R, 1]
+    top_p = torch.tensor([p.top_p for p in specs], dtype=torch.float32)[:, None]
+    largest_k = max((p.top_k for p in specs if p.top_k < vocabulary), default=0)
+    num_candidates = min(vocabulary, max(FIRST_CANDIDATES, largest_k))
+    threshold = _threshold(scaled, top_k, top_p, num_candidates)
+    if threshold is None:
+        threshold = _threshold(scaled, top_k, top_p, vocabulary)
+    return scaled if threshold is None else scaled.masked_fill_(scaled < threshold, -math.inf)
+
+
+def _threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor, num_candidates: int) -> Tensor | None:
+    """The smallest logit kept in each row [R, 1], or None when it is not among the `num_candidates` likeliest."""
+    vocabulary = scaled.shape[1]
+    ordered = scaled.topk(num_candidates, dim=-1).values  # [R, num_candidates], falling
+    kth = ordered.gather(1, (top_k - 1).clamp(max=num_candidates - 1))  # [R, 1]
+    kth = torch.where(top_k < vocabulary, kth, -math.inf)
+    # The mass that top-p divides: all tokens of at least the k-th logit.
+    total = torch.where(scaled >= kth, scaled, -math.inf).logsumexp(-1, keepdim=True)  # [R, 1]
+    probabilities = (ordered - total).exp_().masked_fill_(ordered < kth, 0.0)
+    before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens
+    kept = ((before < top_p) & (ordered >= kth)).sum(-1, keepdim=True).clamp_(min=1)  # [R, 1]
+    undecided = (kept == num_candidates) & (top_p < 1.0) & (ordered[:, -1:] > kth)
+    if num_candidates < vocabulary and bool(undecided.any()):
+        return None
+    last = ordered.gather(1, kept - 1)
+    return torch.where(top_p < 1.0, torch.maximum(last, kth), kth)
 
 
 def philox_words(seeds: Tensor, sequence_index: Tensor, output_index: Tensor, num_tokens: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .batch import AttentionSpec, RowSpan
+from .batch import AttentionSpec, DrawSpec, RowSpan
 from .native_build import build_native, processor_flags
 from .reference import ReferenceLinear
 
@@ -55,6 +55,13 @@ class _Threads:
 
     def __del__(self) -> None:
         self._destroy(self.handle)
+
+
+class _Draw(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("seed", "sequence_index", "output_index", "top_k")),
+        *((name, c_float) for name in ("temperature", "top_p", "min_p")),
+    ]
 
 
 class NativeLibrary:
@@ -133,6 +140,18 @@ class NativeLibrary:
         if kv.dtype not in TYPES or kv.shape[-1] > LARGEST_HEAD[kv.dtype] or kv.shape[-1] % 2:
             return cpu.CpuAttention(kv, rows)
         return NativeAttention(self._library, self._threads, kv, rows, 0 if self.deterministic else MOST_IN_PLACE)
+
+    def draw(self, logits: Tensor, specs: Sequence[DrawSpec]) -> Tensor:
+        """A token for every row: float32 [R, V] -> int64 [R]; see `reference.draw`."""
+        logits = logits.contiguous()
+        count, vocabulary = logits.shape
+        how = (_Draw * count)()
+        for at, spec in zip(how, specs, strict=True):
+            at.seed, at.sequence_index, at.output_index = spec.seed, spec.sequence_index, spec.output_index
+            at.temperature, at.top_k, at.top_p, at.min_p = spec.temperature, spec.top_k, spec.top_p, spec.min_p
+        tokens = torch.empty(count, dtype=torch.int64)
+        self._library.baton_draw(self._pool, logits.data_ptr(), count, vocabulary, how, tokens.data_ptr())
+        return tokens
 
     def _gated(self, activation: int, gate_up: Tensor) -> Tensor:
         gate_up = gate_up.contiguous()
@@ -268,5 +287,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.baton_gated.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int64, c_int64, c_void_p]
     library.baton_packed_row_words.restype = c_int64
     library.baton_packed_row_words.argtypes = [c_int32, c_int64, c_int64, c_int64]
+    library.baton_draw.restype = None
+    library.baton_draw.argtypes = [c_void_p, c_void_p, c_int64, c_int64, POINTER(_Draw), c_void_p]
     library.baton_attention.restype = None
     library.baton_attention.argtypes = [POINTER(_Step), POINTER(_Layer)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .batch import AttentionSpec, RowSpan
+from .batch import AttentionSpec, DrawSpec, RowSpan
 
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
@@ -179,12 +179,21 @@ def gumbel_sample(logits: Tensor, seed: int, sequence_index: int, output_index: 
     return int(torch.argmax(logits.float() + noise))
 
 
-def truncate(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Scale and truncate logits [V]: temperature, then top-k, then top-p; dropped tokens become -inf.
+def draw(logits: Tensor, specs: Sequence[DrawSpec]) -> Tensor:
+    """A token for every row of logits: float32 [R, V] -> int64 [R]. A token at -inf is impossible."""
+    kept = [truncate(row, spec.temperature, spec.top_k, spec.top_p, spec.min_p) for row, spec in zip(logits, specs, strict=True)]
+    keys = [(spec.seed, spec.sequence_index, spec.output_index) for spec in specs]
+    return torch.tensor([gumbel_sample(row, *key) for row, key in zip(kept, keys, strict=True)], dtype=torch.int64)
+
+
+def truncate(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
+    """Scale and truncate logits [V]: temperature, then min-p, top-k and top-p; dropped tokens become -inf.
 
     Tokens that tie with the last one kept are kept too, so the result does not depend on a sort's order.
     """
     scaled = (logits.float() - logits.float().max()) / temperature  # [V], the likeliest at 0
+    if min_p > 0.0:
+        scaled = scaled.masked_fill(scaled < math.log(min_p), -math.inf)
     if 0 < top_k < scaled.shape[0]:
         scaled = scaled.masked_fill(scaled < scaled.sort(descending=True).values[top_k - 1], -math.inf)
     if top_p < 1.0:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.errors import Unavailable
 from . import cpu, native, reference
-from .batch import AttentionSpec, RowSpan
+from .batch import AttentionSpec, DrawSpec, RowSpan
 
 logger = logging.getLogger("baton.kernels")
 
@@ -54,6 +54,7 @@ class Kernels:
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
     gelu_mul: Callable[[Tensor], Tensor]
+    draw: Callable[[Tensor, Sequence[DrawSpec]], Tensor]
 
 
 KERNELS: dict[str, Kernels] = {
@@ -64,8 +65,11 @@ KERNELS: dict[str, Kernels] = {
         reference.add_rms_norm,
         reference.silu_mul,
         reference.gelu_mul,
+        reference.draw,
     ),
-    "cpu": Kernels(cpu.CpuAttention, reference.ReferenceLinear, cpu.rms_norm, cpu.add_rms_norm, cpu.silu_mul, cpu.gelu_mul),
+    "cpu": Kernels(
+        cpu.CpuAttention, reference.ReferenceLinear, cpu.rms_norm, cpu.add_rms_norm, cpu.silu_mul, cpu.gelu_mul, cpu.draw
+    ),
 }
 
 
@@ -87,4 +91,12 @@ def make_kernels(name: str, threads: int = 1, deterministic: bool = False) -> Ke
             raise
         logger.warning("native kernels are not to be had here, the slower kernels of torch serve instead: %s", error)
         return KERNELS["cpu"]
-    return Kernels(library.attention, library.linear, library.rms_norm, library.add_rms_norm, library.silu_mul, library.gelu_mul)
+    return Kernels(
+        library.attention,
+        library.linear,
+        library.rms_norm,
+        library.add_rms_norm,
+        library.silu_mul,
+        library.gelu_mul,
+        library.draw,
+    )

@@ -60,4 +60,13 @@ struct BatonLayer {
 // Words of scratch that a packed row takes whose cache holds `context` tokens after the step.
 int64_t baton_packed_row_words(int32_t type, int64_t context, int64_t kv_heads, int64_t head_dim);
 void baton_attention(const BatonStep* step, const BatonLayer* layer);
+
+// How one row of logits becomes a token; see kernels/batch.py, `DrawSpec`.
+struct BatonDraw {
+    int64_t seed, sequence_index, output_index, top_k;
+    float temperature, top_p, min_p;
+};
+
+// tokens[i] is drawn from logits[i], float32 [count, vocabulary]; a token at -inf is impossible.
+void baton_draw(BatonPool* pool, const float* logits, int64_t count, int64_t vocabulary, const BatonDraw* how, int64_t* tokens);
 }

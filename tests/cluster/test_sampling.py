@@ -8,8 +8,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from baton.api.tokenizer import TextTokenizer
 from baton.client.types import Completion
-from baton.tests.cluster.live_cluster import PROMPT, LiveCluster, live, topology
+from baton.tests.cluster.live_cluster import MODEL, PROMPT, LiveCluster, live, topology
 
 pytestmark = pytest.mark.cluster
 
@@ -94,7 +95,4 @@ async def check_prompt_logprobs(cluster: LiveCluster) -> None:
 
 async def prompt_ids(cluster: LiveCluster) -> tuple[int, ...]:
     """The prompt as the cluster encodes it."""
-    from baton.api.tokenizer import TextTokenizer
-    from baton.tests.cluster.live_cluster import MODEL
-
     return await TextTokenizer.load(MODEL).encode(PROMPT)

@@ -6,12 +6,15 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import jsonschema
 import pytest
 import pytest_asyncio
 from baton.tests.cluster.live_cluster import PROMPT, LiveCluster, live, topology
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
@@ -68,4 +71,14 @@ async def test_structured_and_free_requests_share_steps(cluster: LiveCluster) ->
         (choice,) = (await http.post("/v1/chat/completions", json=body)).json()["choices"]
     jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
     assert choice["finish_reason"] == "stop"
+    await cluster.baseline()
+
+
+async def test_the_example_of_the_readme(cluster: LiveCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    (example,) = (block for block in blocks if "response_format" in block)
+    here = example.replace("localhost:8000", cluster.http).replace('"pydoc-llama"', '"pydoc"')
+    names: dict[str, object] = {}
+    await asyncio.to_thread(exec, here, names)
+    jsonschema.validate(json.loads(capsys.readouterr().out), names["schema"])
     await cluster.baseline()

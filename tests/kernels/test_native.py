@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from baton.core.errors import Unavailable
-from baton.kernels import native_build, reference
-from baton.kernels.batch import AttentionSpec, RowSpan
+from baton.kernels import cpu, native_build, reference
+from baton.kernels.batch import AttentionSpec, DrawSpec, RowSpan
 from baton.kernels.native import NativeAttention, NativeLibrary, NativeLinear
 from baton.kernels.native_build import build_native
 from baton.kernels.reference import ReferenceLinear
@@ -176,6 +177,41 @@ def test_norms_and_gates_equal_the_reference(library: NativeLibrary, dtype: torc
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     extreme = torch.tensor([[-1e4, 1e4, -90.0, 0.0] + [1.0] * 4])
     torch.testing.assert_close(library.silu_mul(extreme), reference.silu_mul(extreme))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    specs=st.lists(
+        st.builds(
+            DrawSpec,
+            temperature=st.sampled_from([0.01, 0.7, 1.0, 1.6]),
+            top_k=st.sampled_from([0, 0, 1, 5, 50, 10**6]),
+            top_p=st.sampled_from([1.0, 1.0, 0.9999, 0.95, 0.5, 0.01]),
+            min_p=st.sampled_from([0.0, 0.0, 0.05, 0.5, 1.0]),
+            seed=st.integers(0, 2**63 - 1),
+            sequence_index=st.integers(0, 20),
+            output_index=st.integers(0, 5000),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    vocabulary=st.sampled_from([1, 5, 64, 600, 5000]),
+    spread=st.sampled_from([0.05, 1.0, 3.0, 30.0]),
+    rounded=st.booleans(),
+    banned=st.sampled_from([0.0, 0.4]),
+    seed=st.integers(0, 10**6),
+)
+def test_draws_equal_those_of_torch(
+    library: NativeLibrary, specs: list[DrawSpec], vocabulary: int, spread: float, rounded: bool, banned: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    logits = torch.randn(len(specs), vocabulary) * spread
+    logits = logits.round() if rounded else logits
+    logits = logits.masked_fill(torch.rand(len(specs), vocabulary) < banned, -math.inf)
+    logits[:, seed % vocabulary] = 1.0
+    assert library.draw(logits, specs).tolist() == cpu.draw(logits.clone(), specs).tolist()
+    if vocabulary <= 600:
+        assert library.draw(logits, specs).tolist() == reference.draw(logits, specs).tolist()
 
 
 def test_other_types_take_the_way_of_torch(library: NativeLibrary) -> None:
