@@ -81,7 +81,14 @@ class Generation:
         return self._pieces() if len(self._sequences) == self._parameters.n else self._best()
 
     async def _pieces(self) -> AsyncIterator[Piece]:
-        async for update in self._stream:
+        stream = self._stream
+        while True:
+            update = stream.poll()
+            if update is None:
+                if stream.done:
+                    return
+                await stream.news()
+                continue
             sequence = self._sequences[update.index]
             piece = sequence.push(update)
             if sequence.stopped:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -24,6 +23,7 @@ from .chat import Message
 from .errors import grpc_status
 from .generation import Generation, Piece
 from .model_info import ModelInfo
+from .stall import StallGuard
 from .structured import Form, any_object_form, choice_form, grammar_form, regex_form, schema_form
 from .tokenizer import TextTokenizer
 from .validation import MAX_MESSAGES, MAX_REQUEST_BYTES, Parameters, check_length, check_model, to_submission
@@ -64,12 +64,15 @@ class InferenceFace(rpc.InferenceServicer):
             await _abort(context, error)
             return
 
+        responses = _Responses(generation)
         try:
-            async for piece in generation:
-                async with asyncio.timeout(STALL_TIMEOUT):
-                    await context.write(_response(generation, piece))
+            async with StallGuard(STALL_TIMEOUT / 2) as guard:
+                async for piece in generation:
+                    guard.begin()
+                    await context.write(responses.of(piece))
+                    guard.end()
         except TimeoutError:
-            await _abort(context, Cancelled(f"the client has read nothing for {STALL_TIMEOUT:g} s"))
+            await _abort(context, Cancelled(f"the client has read nothing for {STALL_TIMEOUT / 2:g} s or more"))
         except BatonError as error:
             await _abort(context, error)
         finally:  # the client's cancel, its deadline, a broken connection: they cancel this coroutine
@@ -235,6 +238,24 @@ def _form(request: pb.GenerateRequest) -> Form | None:
     if request.HasField(field):
         raise InvalidRequest(f"{field}: one of json_schema, json_object, regex, choice and grammar must be set", field)
     return None
+
+
+class _Responses:
+    """The messages of one request. All that carry nothing but tokens and text are one object: a write serialises it at once."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        self._plain = pb.GenerateResponse(request_id=generation.client_id)
+
+    def of(self, piece: Piece) -> pb.GenerateResponse:
+        if piece.finish is not None or piece.logprobs or piece.prompt_logprobs:
+            return _response(self._generation, piece)
+        plain = self._plain
+        plain.index = piece.index
+        plain.text = piece.text
+        plain.ClearField("token_ids")
+        plain.token_ids.extend(piece.tokens)
+        return plain
 
 
 def _response(generation: Generation, piece: Piece) -> pb.GenerateResponse:

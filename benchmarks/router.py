@@ -386,7 +386,7 @@ def _messages(rig: Rig, turns: int, seconds: float) -> dict[str, float]:
 
 def _coalesced(rig: Rig, seconds: float) -> dict[str, float]:
     run = rig.measure(
-        tokens=LAGGING_TOKENS, streams=LAGGING, seconds=seconds, settle=1.0, window=200 * LAGGING, lag=LAG
+        tokens=LAGGING_TOKENS, streams=LAGGING, seconds=seconds, settle=1.0, window=150 * LAGGING, lag=LAG
     )
     _print("lagging clients", run)
     return {

@@ -6,11 +6,14 @@ that is gone leaves no stale series.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from .records import Place, RequestRecord, SequenceRecord, WorkerSample
 
@@ -46,8 +49,9 @@ class Metrics:
             registry=registry,
         )
         self._tpot = Histogram("baton_tpot_seconds", "(Last - first token) / (n - 1).", _PLACE, buckets=_SHORT, registry=registry)
-        self._itl = Histogram("baton_itl_seconds", "Gap between tokens.", _PLACE, buckets=_SHORT, registry=registry)
-        self._token_series: dict[Place, tuple[Counter, Histogram]] = {}
+        self._gaps = _Gaps("baton_itl_seconds", "Gap between tokens.", _SHORT)
+        registry.register(self._gaps)
+        self._token_series: dict[Place, tuple[Counter, _GapSeries]] = {}
         handoff = ["transport"]
         self._handoff_bytes = Histogram(
             "baton_handoff_bytes", "KV bytes of one handoff.", handoff, buckets=_BYTES, registry=registry
@@ -94,15 +98,17 @@ class Metrics:
 
     def tokens(self, place: Place, num_tokens: int, gap: float | None) -> None:
         """`num_tokens` tokens of one sequence arrived, `gap` seconds after the ones before (None: they are the first)."""
+        self.step(place, num_tokens, {} if gap is None else {gap / num_tokens: num_tokens})
+
+    def step(self, place: Place, num_tokens: int, gaps: Mapping[float, int]) -> None:
+        """`num_tokens` tokens of any number of sequences arrived together; `gaps` counts the gaps of each length."""
         series = self._token_series.get(place)
         if series is None:  # looking labels up costs more than counting
-            labels = (place.pool, place.worker)
-            series = self._token_series[place] = self._output_tokens.labels(*labels), self._itl.labels(*labels)
-        counter, gaps = series
-        counter.inc(num_tokens)
-        if gap is not None:
-            for _ in range(num_tokens):
-                gaps.observe(gap / num_tokens)
+            counter = self._output_tokens.labels(place.pool, place.worker)
+            series = self._token_series[place] = counter, self._gaps.series(place)
+        series[0].inc(num_tokens)
+        for gap, count in gaps.items():
+            series[1].observe(gap, count)
 
     def attempt(self, retry_reason: str | None) -> None:
         """An attempt was placed; `retry_reason` says why the one before ended, None for the first."""
@@ -138,6 +144,43 @@ class Metrics:
         if stages.tpot is not None:
             self._tpot.labels(rest.pool, rest.worker).observe(stages.tpot)
         self._e2e.observe(stages.total)
+
+
+class _GapSeries:
+    """One histogram, counted in plain numbers: a step's equal gaps at once, which prometheus_client can only take singly."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, gap: float, count: int) -> None:
+        self._counts[bisect_left(self._bounds, gap)] += count
+        self._sum += gap * count
+
+    def add_to(self, family: HistogramMetricFamily, place: Place) -> None:
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = list(zip(names, accumulate(map(float, self._counts)), strict=True))
+        family.add_metric([place.pool, place.worker], buckets, self._sum)
+
+
+class _Gaps(Collector):
+    """The histograms of all places."""
+
+    def __init__(self, name: str, help_text: str, bounds: Sequence[float]) -> None:
+        self._name = name
+        self._help = help_text
+        self._bounds = bounds
+        self._series: dict[Place, _GapSeries] = {}
+
+    def series(self, place: Place) -> _GapSeries:
+        return self._series.setdefault(place, _GapSeries(self._bounds))
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._help, labels=_PLACE)
+        for place, series in self._series.items():
+            series.add_to(family, place)
+        yield family
 
 
 _WORKER_GAUGES: tuple[tuple[str, str, Callable[[WorkerSample], float | None]], ...] = (

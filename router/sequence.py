@@ -6,6 +6,7 @@ order by position here. Tokens of stale attempts are dropped, repeated ones too,
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from ..core.request import Attempt, FinishReason, Request, TokenLogprob, WorkerRef
@@ -86,6 +87,7 @@ class Sequence:
         self._second_token_at: float | None = None
         self._prefill = 0.0
         self._adopted_at: float | None = None
+        self._bare = request.sampling.logprobs is None
 
     # ---- attempts --------------------------------------------------------------------------------
 
@@ -161,6 +163,20 @@ class Sequence:
                     length += len(following.tokens)
             progress.held = ()
         return accepted
+
+    def follow(self, worker: WorkerRef, number: int, position: int, tokens: Collection[int], now: float) -> bool:
+        """`accept` and `append` of the plainest and commonest run: it goes on where the log ends, and neither ends the
+        sequence nor carries log probabilities. False when it is not known to be one: then nothing has happened.
+        """
+        progress, log = self._progress, self.tokens
+        if progress is None or not progress.begun or self.done or progress.attempt.number != number:
+            return False
+        if worker is not progress.rest_worker or position != len(log) or position < 2 or not (self._bare and tokens):
+            return False
+        log.extend(tokens)
+        self.rest_worker = worker
+        self.last_token_at = now
+        return True
 
     def append(self, worker: WorkerRef, run: TokenRun, first: bool, now: float) -> None:
         """Append an accepted run to the log."""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 from collections import deque
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -287,8 +288,7 @@ class RouterService:
         now = self._clock.now()
         match message.WhichOneof("body"):
             case "tokens":
-                for tokens in message.tokens.sequences:
-                    self._on_tokens(worker, tokens, now)
+                self._on_batch(worker, message.tokens.sequences, now)
             case "granted":
                 attempt = attempt_from(message.granted.attempt)
                 self.post(ev.Granted(now, worker, attempt, message.granted.ticket))
@@ -337,6 +337,35 @@ class RouterService:
         if sequence is not None and sequence.attempt == attempt:
             sequence.trouble = kind
 
+    def _on_batch(self, worker: WorkerRef, batch: Iterable[pb.SequenceTokens], now: float) -> None:
+        """One step's tokens. This is where most of the router's time goes, so the plain case is dealt with at once."""
+        num_tokens, gaps = 0, dict[float, int]()
+        for message in batch:
+            attempt = message.attempt
+            sequence = self._sequences.get(attempt.request_id)
+            if sequence is None:
+                continue
+            before, previous = len(sequence.tokens), sequence.last_token_at
+            if message.finish or not sequence.follow(worker, attempt.number, message.position, message.tokens, now):
+                self._on_tokens(worker, message, now)
+                continue
+            new = len(sequence.tokens) - before
+            num_tokens += new
+            if new and previous is not None:
+                gap = (now - previous) / new
+                gaps[gap] = gaps.get(gap, 0) + new
+            self._advanced(sequence, worker, sequence.attempt, before, now)
+        if num_tokens:
+            self._metrics.step(self.membership.place(worker), num_tokens, gaps)
+
+    def _advanced(self, sequence: Sequence, worker: WorkerRef, attempt: Attempt | None, before: int, now: float) -> None:
+        """The log has grown from `before` tokens."""
+        if before // PROGRESS_EVERY != len(sequence.tokens) // PROGRESS_EVERY and attempt is not None and not sequence.done:
+            self.post(ev.Progress(now, worker, attempt, len(sequence.tokens)))
+        stream = self._stream_of.get(sequence.request.id)
+        if stream is not None:
+            stream.wake()
+
     def _on_tokens(self, worker: WorkerRef, message: pb.SequenceTokens, now: float) -> None:
         sequence = self._sequences.get(message.attempt.request_id)
         if sequence is None:
@@ -367,11 +396,7 @@ class RouterService:
                 sequence.wanted_finish = None
                 sequence.retract(run)
                 return
-        elif before // PROGRESS_EVERY != len(sequence.tokens) // PROGRESS_EVERY:
-            self.post(ev.Progress(now, worker, attempt, len(sequence.tokens)))
-        stream = self._stream_of.get(sequence.request.id)
-        if stream is not None:
-            stream.wake()
+        self._advanced(sequence, worker, attempt, before, now)
 
 
 def _request_of(event: ev.Event) -> str | None:

@@ -51,7 +51,7 @@ class Stream:
         self.sequences: list[Sequence] = []
         self.error: BatonError | None = None  # what ended the request before its time
         self._stop = stop
-        self._news = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # who waits for news
         self._next = 0
 
     @property
@@ -61,22 +61,32 @@ class Stream:
 
     @property
     def done(self) -> bool:
-        return all(sequence.done for sequence in self.sequences)
+        sequences = self.sequences
+        return sequences[0].done if len(sequences) == 1 else all(sequence.done for sequence in sequences)
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> Update:
         while True:
-            if self.error is not None:
-                raise self.error
-            sequence = self._with_news()
-            if sequence is not None:
-                return sequence.take()
+            update = self.poll()
+            if update is not None:
+                return update
             if self.done:
                 raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
+            await self.news()
+
+    def poll(self) -> Update | None:
+        """What is new, if anything is. Raises the error that ended the request."""
+        if self.error is not None:
+            raise self.error
+        sequence = self._with_news()
+        return None if sequence is None else sequence.take()
+
+    def news(self) -> asyncio.Future[None]:
+        """Done at the next news. One reader at a time; ask only when `poll` has none, and await it at once."""
+        self._reader = asyncio.get_running_loop().create_future()
+        return self._reader
 
     def fail(self, error: BatonError) -> None:
         """One sequence ended with `error`: the request is over. Only the first error counts. Called by the service."""
@@ -86,7 +96,9 @@ class Stream:
 
     def wake(self) -> None:
         """There is something to read. Called by the service."""
-        self._news.set()
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():
+            reader.set_result(None)
 
     def finish(self, index: int) -> None:
         """The text of sequence `index` met a stop string: end it well, and read no more of it."""
@@ -104,6 +116,8 @@ class Stream:
     def _with_news(self) -> Sequence | None:
         """Round robin, so that one busy sequence cannot hide another."""
         count = len(self.sequences)
+        if count == 1:
+            return self.sequences[0] if self.sequences[0].has_news else None
         for offset in range(count):
             index = (self._next + offset) % count
             if self.sequences[index].has_news:

@@ -32,6 +32,7 @@ struct Cache {
     T* base;  // keys of slot 0 of block 0
     const int32_t* table;
     long block_stride, value_offset, block_size, head_dim;
+    long next_head;  // from keys of this head to those of the head after it, 0 if it is the last
 
     T* key(long position) const {
         return base + table[position / block_size] * block_stride + position % block_size * head_dim;
@@ -43,7 +44,7 @@ template <class T>
 Cache<T> cache_of(const BatonStep& step, const BatonRow& row, long layer, long kv_head) {
     const long run = step.block_size * step.head_dim, plane = step.kv_heads * run;
     T* base = static_cast<T*>(step.kv) + layer * 2 * plane + kv_head * run;
-    return {base, step.tables + row.table, step.num_layers * 2 * plane, plane, step.block_size, step.head_dim};
+    return {base, step.tables + row.table, step.num_layers * 2 * plane, plane, step.block_size, step.head_dim, kv_head + 1 < step.kv_heads ? run : 0};
 }
 
 // The first token of the context that a query at `position` sees.
@@ -325,17 +326,17 @@ struct Walk {
     }
 };
 
-// Asks for the cache lines of four positions, long before they are used. The hardware's own prefetching ends at each page
+// Asks for the cache lines of a few positions, long before they are used. The hardware's own prefetching ends at each page
 // of 4 KiB, which is about what one KV head keeps of a block: without this, decode waits for memory 3/4 of its time.
 // Inlined by force: gcc takes a function that only prefetches for one without effect and drops its calls.
 template <class T>
-__attribute__((always_inline)) inline void prefetch(const Cache<T>& cache, long position, long end, long offset) {
-    const long last = std::min(position + 4, end);
+__attribute__((always_inline)) inline void prefetch(const Cache<T>& cache, long position, long count, long end, long offset) {
+    const long last = std::min(position + count, end);
     while (position < last) {
-        const long count = std::min(last - position, cache.block_size - position % cache.block_size);
+        const long together = std::min(last - position, cache.block_size - position % cache.block_size);
         const char* at = reinterpret_cast<const char*>(cache.key(position) + offset);
-        for (long byte = 0; byte < count * cache.head_dim * static_cast<long>(sizeof(T)); byte += 64) __builtin_prefetch(at + byte, 0, 2);
-        position += count;
+        for (long byte = 0; byte < together * cache.head_dim * static_cast<long>(sizeof(T)); byte += 64) __builtin_prefetch(at + byte, 0, 2);
+        position += together;
     }
 }
 
@@ -344,6 +345,7 @@ template <int G, int V>
 void mix(const Cache<float>& cache, const float* weights, long stride, long begin, long end, f32x16 (&sums)[G][V]) {
     Walk<float> walk(cache, begin);
     for (long position = begin; position < end; ++position) {
+        if (cache.next_head) prefetch(cache, position, 1, end, cache.next_head);
         walk.enter();
         const float* value = walk.next() + cache.value_offset;
         for (int v = 0; v < V; ++v) {
@@ -357,6 +359,7 @@ template <int G, int V>
 void mix(const Cache<BFloat16>& cache, const float* weights, long stride, long begin, long end, f32x16 (&sums)[G][2 * V]) {
     Walk<BFloat16> walk(cache, begin);
     for (long position = begin; position < end; position += 2) {
+        if (cache.next_head) prefetch(cache, position, 2, end, cache.next_head);
         walk.enter();
         const BFloat16* a = walk.next() + cache.value_offset;
         const bool both = position + 1 < end;
@@ -403,8 +406,8 @@ void attend_heads(const BatonLayer& layer, const Cache<T>& cache, long begin, lo
     for (long position = from; position < to; position += 16) {
         f32x16 quads[G][4];
         for (int q = 0; q < 4; ++q) {
-            prefetch(cache, position + 4 * q + kAhead, end, 0);
-            prefetch(cache, position + 4 * q, end, cache.value_offset);
+            prefetch(cache, position + 4 * q + kAhead, 4, end, 0);
+            prefetch(cache, position + 4 * q, 4, end, cache.value_offset);
             f32x16 dots[G][4] = {};
             for (int i = 0; i < 4; ++i) {
                 if (position + 4 * q + i >= end) continue;  // its block may not exist
@@ -469,16 +472,23 @@ void attend_in_place(const BatonStep& step, const BatonLayer& layer, const Baton
 
 template <class T>
 void attention(const BatonStep& step, const BatonLayer& layer) {
-    step.pool->run(step.num_rows * step.kv_heads, [&](long task) {
-        const BatonRow& row = step.rows[task / step.kv_heads];
-        const long kv_head = task % step.kv_heads, context = row.start + row.num_tokens;
+    const auto attend = [&](const BatonRow& row, long kv_head) {
         const Cache<T> cache = cache_of<T>(step, row, layer.layer, kv_head);
         write(step, layer, row, cache, kv_head);
         if (row.packed < 0) return attend_in_place(step, layer, row, cache, kv_head);
+        const long context = row.start + row.num_tokens;
         Panels<T> panels(nullptr, context, step.head_dim);
         panels = Panels<T>(step.scratch + row.packed + kv_head * panels.words(), context, step.head_dim);
         pack_panels(cache, context, first_visible(layer, row.start) / kPanel * kPanel, panels);
-    });
+    };
+    if (step.num_rows >= 4L * step.pool->num_threads())
+        // The heads of a row stay together: while one is worked on, the keys of the next are fetched.
+        step.pool->run(step.num_rows, [&](long row) {
+            for (long head = 0; head < step.kv_heads; ++head) attend(step.rows[row], head);
+        });
+    else
+        step.pool->run(step.num_rows * step.kv_heads,
+                       [&](long task) { attend(step.rows[task / step.kv_heads], task % step.kv_heads); });
     struct Tile {
         long row, kv_head, first_query;
     };

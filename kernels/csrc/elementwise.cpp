@@ -51,12 +51,13 @@ void rms_norm(Pool& pool, const T* x, long x_stride, const T* delta, const T* we
     });
 }
 
-inline f32x16 sigmoid(f32x16 x) { return 1.0f / (1.0f + exponential(x < -80.0f ? splat(80.0f) : x > 80.0f ? splat(-80.0f) : -x)); }
+// x * sigmoid(y)
+inline f32x16 times_sigmoid(f32x16 x, f32x16 y) { return x / (1.0f + exponential(y < -80.0f ? splat(80.0f) : -y)); }
 
-inline f32x16 silu(f32x16 x) { return x * sigmoid(x); }
+inline f32x16 silu(f32x16 x) { return times_sigmoid(x, x); }
 
 // gelu(x) = x / 2 * (1 + tanh(y)) = x * sigmoid(2y), y = sqrt(2 / pi) * (x + 0.044715 x^3) (Hendrycks and Gimpel 2016)
-inline f32x16 gelu(f32x16 x) { return x * sigmoid(1.59576912160573f * (x + 0.044715f * x * x * x)); }
+inline f32x16 gelu(f32x16 x) { return times_sigmoid(x, 1.59576912160573f * (x + 0.044715f * x * x * x)); }
 
 template <class T>
 void gated(Pool& pool, int activation, const T* gate_up, long tokens, long inner, T* out) {
