@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 
 from ..core.clock import Clock
 from ..core.step import SequenceEvent, StepOutput, StepPlan
@@ -19,7 +19,9 @@ from .scheduler import Scheduler
 from .timing import StepTimes
 
 MAX_FAILURES = 10  # steps that fail in a row before the device counts as broken; more than one bad request gets attempts
-PLAN_AHEAD_BELOW = 0.004  # seconds: shorter steps are planned ahead, since the host's work would show between them
+# Seconds before the expected end of a step at which the next one is planned, so that the device does not wait for the
+# host. Not earlier: what arrives after a plan was made waits a step longer.
+PLAN_AHEAD = 0.003
 
 logger = logging.getLogger("baton.engine")
 
@@ -47,7 +49,8 @@ class EngineLoop:
         self._clock = clock
         self._on_events = on_events
         self._on_failed = on_failed
-        self._in_flight: deque[tuple[StepPlan, Future[StepOutput]]] = deque()
+        self._in_flight: deque[tuple[StepPlan, asyncio.Future[StepOutput]]] = deque()
+        self._began = 0.0  # when the oldest step in flight began, as far as is known here
         self._wake = asyncio.Event()
         self._last_step = 0
         self._num_failures = 0
@@ -79,14 +82,14 @@ class EngineLoop:
             if self._submit_next():
                 continue
             if self._in_flight:
-                await self._commit_oldest()
+                if await self._oldest_ended():
+                    await self._commit_oldest()
                 continue
             self._wake.clear()
             await self._wake.wait()
 
     def _submit_next(self) -> bool:
-        depth = 2 if 0.0 < self.times.last_step < PLAN_AHEAD_BELOW else 1
-        if len(self._in_flight) >= depth:
+        if self._until_due() > 0.0:
             return False
         plan = self._scheduler.plan(self._clock.now())
         events = self._scheduler.take_events()
@@ -95,15 +98,32 @@ class EngineLoop:
         if plan is None:
             return bool(events)  # what was preempted has left blocks for others
         self._last_step = plan.step
-        self._in_flight.append((plan, self._executor.submit(plan)))
+        if not self._in_flight:
+            self._began = self._clock.now()
+        self._in_flight.append((plan, asyncio.wrap_future(self._executor.submit(plan))))
         return True
+
+    def _until_due(self) -> float:
+        """Seconds until the next plan is due, 0 or less if it is; infinite while two are in flight."""
+        if not self._in_flight:
+            return 0.0
+        if len(self._in_flight) > 1:
+            return math.inf
+        return self._began + self.times.predict(self._in_flight[0][0]) - PLAN_AHEAD - self._clock.now()
+
+    async def _oldest_ended(self) -> bool:
+        """Wait for the end of the oldest step in flight, but not longer than until the next plan is due."""
+        left = self._until_due()  # if it is due and yet nothing was planned, the step's end is all there is to wait for
+        timeout = left if 0.0 < left < math.inf else None
+        done, _ = await asyncio.wait([self._in_flight[0][1]], timeout=timeout)
+        return bool(done)
 
     async def _commit_oldest(self) -> None:
         plan, future = self._in_flight[0]
         try:
-            output = await asyncio.wrap_future(future)
+            output = await future
         except Exception as error:
-            self._in_flight.popleft()
+            self._advance()
             logger.exception("step %d failed", plan.step)
             self._scheduler.fail(plan)
             self._on_failed(plan, error)
@@ -114,6 +134,11 @@ class EngineLoop:
                 raise
             return
         self._num_failures = 0
-        self._in_flight.popleft()
+        self._advance()
         self.times.observe(plan, output.seconds)
         self._on_events(plan.step, self._scheduler.commit(plan, output, self._clock.now()))
+
+    def _advance(self) -> None:
+        """The oldest step is over, and the one behind it begins."""
+        self._in_flight.popleft()
+        self._began = self._clock.now()

@@ -11,7 +11,7 @@ from baton.core.clock import VirtualClock
 from baton.core.request import Attempt, SamplingParams, SequenceSpec
 from baton.core.step import RowOutput, SequenceEvent, StepOutput, StepPlan, TokenEvent
 from baton.engine.blocks import BlockPool
-from baton.engine.loop import PLAN_AHEAD_BELOW, EngineLoop
+from baton.engine.loop import PLAN_AHEAD, EngineLoop
 from baton.engine.scheduler import Scheduler, SchedulerConfig
 from baton.engine.timing import StepTimes
 from baton.policy.ordering import ORDERING
@@ -39,13 +39,13 @@ class Held:
 
 class Bench:
     def __init__(self) -> None:
-        self.executor, self.times = Held(), StepTimes()
+        self.executor, self.times, self.clock = Held(), StepTimes(), VirtualClock()
         self.blocks = BlockPool(16, 4)
         self.scheduler = Scheduler(self.blocks, SchedulerConfig(64, 8, 64), ORDERING["fcfs"])
         self.tokens: list[int] = []
         self.failed: list[StepPlan] = []
         self.loop = EngineLoop(
-            self.scheduler, self.executor, self.times, VirtualClock(), self._on_events, lambda plan, _: self.failed.append(plan)
+            self.scheduler, self.executor, self.times, self.clock, self._on_events, lambda plan, _: self.failed.append(plan)
         )
 
     def _on_events(self, step: int, events: list[SequenceEvent]) -> None:
@@ -87,20 +87,27 @@ async def test_it_sleeps_until_woken_and_commits_in_order() -> None:
         assert not bench.scheduler.has_work
 
 
-async def test_short_steps_are_planned_ahead_and_long_ones_are_not() -> None:
-    for seconds, ahead in ((PLAN_AHEAD_BELOW / 2, True), (PLAN_AHEAD_BELOW * 2, False)):
+async def test_the_next_step_is_planned_shortly_before_the_end_of_the_last() -> None:
+    for seconds in (PLAN_AHEAD / 2, 0.02):
         bench = Bench()
         async with running(bench):
             bench.add(max_tokens=8)
-            plan, future = await bench.executor.next_plan()
-            future.set_result(done(plan, 5, seconds))
+            for token in (5, 6):  # a prefill and a decode step teach what to expect
+                plan, future = await bench.executor.next_plan()
+                await asyncio.sleep(0.03)
+                assert bench.executor.submitted.empty(), "planned ahead of a step whose length nobody knows"
+                future.set_result(done(plan, token, seconds))
             first, _ = await bench.executor.next_plan()
-            await asyncio.sleep(0.01)
-            assert bench.executor.submitted.empty() is not ahead
-            if ahead:
-                second, _ = await bench.executor.next_plan()
-                assert second.step == first.step + 1
-                assert second.rows[0].pending
+            if seconds > PLAN_AHEAD:
+                await asyncio.sleep(0.03)
+                assert bench.executor.submitted.empty(), "planned before the step's expected end"
+                bench.clock.advance(seconds - PLAN_AHEAD)
+            second, _ = await bench.executor.next_plan()
+            assert second.step == first.step + 1
+            assert second.rows[0].pending
+            bench.clock.advance(1.0)
+            await asyncio.sleep(0.03)
+            assert bench.executor.submitted.empty(), "more than two steps in flight"
 
 
 async def test_a_failed_step_gives_up_its_sequences_and_the_loop_goes_on() -> None:
