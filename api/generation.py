@@ -16,7 +16,7 @@ from .tokenizer import TextTokenizer
 from .validation import Parameters
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for every message to a client, and freezing it would cost as much again; nobody changes one
 class Piece:
     """What is new for one sequence. `text` may lag behind `tokens` by what could still become something else.
 
@@ -83,11 +83,12 @@ class Generation:
     async def _pieces(self) -> AsyncIterator[Piece]:
         stream = self._stream
         while True:
-            update = stream.poll()
-            if update is None:
+            if not stream.fresh:
                 if stream.done:
                     return
                 await stream.news()
+            update = stream.poll()
+            if update is None:
                 continue
             sequence = self._sequences[update.index]
             piece = sequence.push(update)
@@ -160,6 +161,7 @@ class _TextSequence:
     def __init__(self, submission: Submission, parameters: Parameters, tokenizer: TextTokenizer) -> None:
         self._detokenizer = tokenizer.detokenizer(parameters.kept_tokens)
         self._stops = StopStrings(parameters.stop, parameters.include_stop)
+        self._stopping = bool(parameters.stop)
         self._prompt_only = parameters.prompt_only
         self._min_tokens = submission.sampling.min_tokens
         self._stop_tokens = frozenset(submission.sampling.stop_token_ids)
@@ -171,6 +173,8 @@ class _TextSequence:
         if self._prompt_only:
             reason = FinishReason.LENGTH if update.finish is FinishReason.STOP else update.finish
             return Piece(update.index, (), "", (), reason, update.prompt_logprobs)
+        if not self._stopping:
+            return self._plain_piece(update)
         text: list[str] = []
         for count, token in enumerate(update.tokens, 1):
             self.num_tokens += 1
@@ -190,6 +194,16 @@ class _TextSequence:
             else:
                 text.append(self._stops.flush())
         return Piece(update.index, update.tokens, "".join(text), update.logprobs, finish, update.prompt_logprobs)
+
+    def _plain_piece(self, update: Update) -> Piece:
+        """`push` where nothing can stop the text, which is most of the time."""
+        finish, tokens = update.finish, update.tokens
+        self.num_tokens += len(tokens)
+        shown = tokens[:-1] if finish is FinishReason.STOP and tokens and tokens[-1] in self._stop_tokens else tokens
+        text = "".join(map(self._detokenizer.push, shown))
+        if finish is not None:
+            text += self._detokenizer.flush()
+        return Piece(update.index, tokens, text, update.logprobs, finish, update.prompt_logprobs)
 
     def _add(self, new: str, text: list[str]) -> None:
         if self.num_tokens <= self._min_tokens:  # stop strings count from here on, as stop tokens do

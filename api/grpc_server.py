@@ -66,13 +66,13 @@ class InferenceFace(rpc.InferenceServicer):
 
         responses = _Responses(generation)
         try:
-            async with StallGuard(STALL_TIMEOUT / 2) as guard:
+            async with StallGuard(STALL_TIMEOUT) as guard:
                 async for piece in generation:
                     guard.begin()
                     await context.write(responses.of(piece))
                     guard.end()
         except TimeoutError:
-            await _abort(context, Cancelled(f"the client has read nothing for {STALL_TIMEOUT / 2:g} s or more"))
+            await _abort(context, Cancelled(f"the client has read nothing for {STALL_TIMEOUT:g} s"))
         except BatonError as error:
             await _abort(context, error)
         finally:  # the client's cancel, its deadline, a broken connection: they cancel this coroutine

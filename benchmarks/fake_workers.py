@@ -22,6 +22,7 @@ BLOCK_SIZE, TOTAL_BLOCKS = 32, 1 << 16
 POLL = 0.001  # seconds between looks at the pace; uvloop takes less than a millisecond for none
 TICKET = b"t" * 64
 EPOCH = 7
+MORE = 15  # the field of messages that travel with another one
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
@@ -116,7 +117,12 @@ class FakeWorker:
         yield pb.WorkerMessage(hello=hello).SerializeToString()
         try:
             while True:
-                yield await self._outgoing.get()
+                message = await self._outgoing.get()
+                await asyncio.sleep(0)
+                more = []
+                while not self._outgoing.empty():
+                    more.append(_field(MORE, self._outgoing.get_nowait()))
+                yield message + b"".join(more)
         finally:
             reader.cancel()
 
@@ -129,27 +135,31 @@ class FakeWorker:
 
     async def _read(self, messages: AsyncIterator[bytes]) -> None:
         async for data in messages:
-            message = pb.RouterMessage.FromString(data)
-            match message.WhichOneof("body"):
-                case "submit":
-                    row = self._row(message.submit.sequence)
-                    row.target = message.submit.target.worker_id
-                    if not self._fresh:
-                        asyncio.get_running_loop().call_soon(self._prefill, time.monotonic())
-                    self._fresh.append(row)
-                case "reserve":
-                    row = self._row(message.reserve.sequence)
-                    row.position = 1
-                    self._outgoing.put_nowait(_field(3, row.attempt + _field(2, TICKET)))
-                case "grant":
-                    known = self._rows.get(message.grant.attempt.SerializeToString())
-                    if known is not None:
-                        known.granted = True
-                        self._hand_over(known)
-                case "abort":
-                    key = message.abort.attempt.SerializeToString()
-                    self._rows.pop(key, None)
-                    self._running.pop(key, None)
+            first = pb.RouterMessage.FromString(data)
+            for message in (first, *first.more):
+                self._handle(message)
+
+    def _handle(self, message: pb.RouterMessage) -> None:
+        match message.WhichOneof("body"):
+            case "submit":
+                row = self._row(message.submit.sequence)
+                row.target = message.submit.target.worker_id
+                if not self._fresh:
+                    asyncio.get_running_loop().call_soon(self._prefill, time.monotonic())
+                self._fresh.append(row)
+            case "reserve":
+                row = self._row(message.reserve.sequence)
+                row.position = 1
+                self._outgoing.put_nowait(_field(3, row.attempt + _field(2, TICKET)))
+            case "grant":
+                known = self._rows.get(message.grant.attempt.SerializeToString())
+                if known is not None:
+                    known.granted = True
+                    self._hand_over(known)
+            case "abort":
+                key = message.abort.attempt.SerializeToString()
+                self._rows.pop(key, None)
+                self._running.pop(key, None)
 
     def _row(self, spec: pb.SequenceSpec) -> Row:
         key = spec.attempt.SerializeToString()
@@ -188,7 +198,7 @@ class FakeWorker:
         while True:
             await self._work.wait()
             await asyncio.sleep(max(0.0, due - time.monotonic()))
-            while self._outgoing.qsize() > 1 or (pace.window and pace.sent - pace.received > pace.window):
+            while self._outgoing.qsize() > 1 or (pace.window and pace.sent - pace.received > pace.window):  # noqa: ASYNC110
                 await asyncio.sleep(POLL)
             due = max(due + pace.step, time.monotonic() - pace.step)
             rows = list(self._running.values())

@@ -1,18 +1,20 @@
-"""What the router costs: streams per second on one core, beside a bare grpc.aio server, with workers that compute nothing.
+"""What the router costs: the real router process on one core, with workers that compute nothing, beside a bare grpc.aio server.
 
     .venv/bin/python benchmarks/router.py [--quick] [--memory 100000]
 
-The real router process has one core to itself; fake workers and clients share the other. One prefill and one decode
-worker, {PROMPT} tokens in. Echo: a grpc.aio server on the router's core, at another time of the same run, that answers
-the same requests with the same number of messages of the same size, serialised beforehand.
+Fake workers (one prefill, one decode) and clients share the other core and are never the bottleneck: their share of it
+is printed. The echo is a grpc.aio server on the router's core, at other moments of the same run, with nothing behind it: it
+answers the same requests over the same connections with as many messages of the same size, serialised beforehand.
 
-requests_per_s       {SHORT} tokens out, one a step, {SHORT_STREAMS} requests at once, as fast as the router can
-messages_fraction    {LONG} tokens out, {LONG_STREAMS} streams: messages per second at the clients, over those of the echo
-coalesced_tok_s      {LAGGING} streams whose clients read every {LAG} s, workers as fast as the router can take it
-added_ttft_ms_p50    one request at a time: p50 of (first token at the client - time in the worker) - p50 of the echo's first message
-memory_bytes_per_request   growth of the router's resident memory over --memory requests, after a tenth of them
+requests_per_s       64 tokens in, 16 out, one a step; 128 requests at once, as many as the router can serve
+messages_fraction    128 tokens out, 64 streams: messages a second at the clients, divided by those of the echo
+coalesced_tok_s      256 streams whose clients take 0.2 s over every message, 900 tokens out, as many as the router can take
+added_ttft_ms_p50    one request at a time: p50 of (request sent to first token received - time in the fake worker) minus
+                     p50 of (request sent to first message received) at the echo. Both are printed
 
-Figures that end in _cpu_... count the router's own CPU seconds and so bear a busy machine better. The last line is JSON.
+`..._cpu...` count the router's CPU seconds instead of the clock's: on a busy machine they say more.
+--memory N also watches the router's memory over N requests (memory_bytes_per_request: growth after the first tenth).
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import grpc
 import uvloop
@@ -50,6 +53,7 @@ SHORT, SHORT_STREAMS = 16, 128
 LONG, LONG_STREAMS = 128, 64
 LAGGING, LAGGING_TOKENS, LAG = 256, 900, 0.2
 CONNECTIONS = 16
+Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 ROUTER_CORE, OTHER_CORE = (sorted(os.sched_getaffinity(0)) * 2)[:2]
 
 
@@ -126,7 +130,7 @@ def run_echo(pipe: multiprocessing.connection.Connection) -> None:
     last.stages.CopyFrom(pb.StageTimes(queue=0.1, handoff=0.1, first_decode=0.1, total=0.1))
     message, end = middle.SerializeToString(), last.SerializeToString()
 
-    async def generate(request: pb.GenerateRequest, context: grpc.aio.ServicerContext[object, object]) -> AsyncIterator[bytes]:
+    async def generate(request: pb.GenerateRequest, context: Context) -> AsyncIterator[bytes]:
         for _ in range(request.sampling.max_tokens - 1):
             yield message
         yield end
@@ -229,7 +233,8 @@ class Clients:
 
     def _on_end(self, connection: Connection, answer: Answer) -> None:
         if answer.finish != "length" or len(answer.tokens) != self._load.tokens:
-            self._fail(f"a stream ended as {answer.finish!r} with {len(answer.tokens)} of {self._load.tokens} tokens: {answer.trailers!r}")
+            got = f"{len(answer.tokens)} of {self._load.tokens} tokens"
+            self._fail(f"a stream ended as {answer.finish!r} with {got}: {answer.trailers!r}")
             return
         self._running -= 1
         outcome = self._outcome
@@ -247,7 +252,7 @@ class Clients:
     def _snapshot(self) -> Outcome:
         outcome = self._outcome
         cpu = [_cpu_seconds(pid) for pid in (*self._load.watched, os.getpid())]
-        return Outcome(time.monotonic(), outcome.num_requests, outcome.num_messages, outcome.num_tokens, outcome.num_bytes, cpu=cpu)
+        return replace(outcome, seconds=time.monotonic(), first=[], cpu=cpu)
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -371,7 +376,7 @@ def _requests(rig: Rig, turns: int, seconds: float) -> dict[str, float]:
 
 
 def _messages(rig: Rig, turns: int, seconds: float) -> dict[str, float]:
-    runs, echoes = _in_turn(rig, turns, tokens=LONG, streams=LONG_STREAMS, seconds=seconds, window=LONG_STREAMS // 2)
+    runs, echoes = _in_turn(rig, turns, tokens=LONG, streams=LONG_STREAMS, seconds=seconds, window=LONG_STREAMS)
     rates = [run.num_messages / run.seconds for run in runs]
     bare = [run.num_messages / run.seconds for run in echoes]
     cpu = [(run.cpu[0] / run.num_messages, echo.cpu[0] / echo.num_messages) for run, echo in zip(runs, echoes, strict=True)]
@@ -385,9 +390,7 @@ def _messages(rig: Rig, turns: int, seconds: float) -> dict[str, float]:
 
 
 def _coalesced(rig: Rig, seconds: float) -> dict[str, float]:
-    run = rig.measure(
-        tokens=LAGGING_TOKENS, streams=LAGGING, seconds=seconds, settle=1.0, window=150 * LAGGING, lag=LAG
-    )
+    run = rig.measure(tokens=LAGGING_TOKENS, streams=LAGGING, seconds=seconds, settle=1.0, window=150 * LAGGING, lag=LAG)
     _print("lagging clients", run)
     return {
         "coalesced_tok_s": round(run.num_tokens / run.seconds),
@@ -421,8 +424,8 @@ def _print(name: str, run: Outcome) -> None:
     print(
         f"{name}: {run.num_requests / run.seconds:.0f} requests/s, {run.num_messages / run.seconds:.0f} messages/s of "
         f"{run.num_bytes / run.num_messages:.0f} bytes, {run.num_tokens / run.seconds:.0f} tokens/s; server "
-        f"{1e6 * run.cpu[0] / run.num_messages:.1f} us a message, {1e6 * run.cpu[0] / max(1, run.num_requests):.0f} us a request; "
-        f"CPU: {', '.join(share)}",
+        f"{1e6 * run.cpu[0] / run.num_messages:.1f} us a message, {1e6 * run.cpu[0] / max(1, run.num_requests):.0f} us a "
+        f"request; CPU: {', '.join(share)}",
         flush=True,
     )
 

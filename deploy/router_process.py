@@ -40,6 +40,7 @@ from ..router.readiness import Readiness
 from ..router.roster import ControllerLink
 from ..router.service import RouterService, ServiceOptions
 from ..router.tape import TapeWriter
+from .load_mode import follow_load, settle_memory
 
 SHUTDOWN_GRACE = 2.0  # seconds that running requests get to end by themselves
 ORPHAN_CHECK = 1.0  # seconds between looks at the controller link
@@ -59,8 +60,9 @@ def run(config_json: str) -> int:
         logger.error("the router's configuration is not valid: %s", error)
         return 1
     configure(config.router_id)
+    settle_memory()
     try:
-        uvloop.run(serve_router(config))
+        uvloop.run(_serve_alone(config))
     except Unavailable as error:
         logger.warning("%s", error)
         return 3
@@ -68,6 +70,15 @@ def run(config_json: str) -> int:
         logger.error("%s", error)
         return 1
     return 0
+
+
+async def _serve_alone(config: RouterConfig) -> None:
+    """Serve in a process that does nothing else."""
+    tuning = asyncio.create_task(follow_load(), name="load mode")
+    try:
+        await serve_router(config)
+    finally:
+        tuning.cancel()
 
 
 async def serve_router(config: RouterConfig) -> None:

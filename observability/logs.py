@@ -17,6 +17,7 @@ from .records import RequestRecord, SequenceRecord
 
 JsonValue = str | int | float | bool | None | list["JsonValue"] | dict[str, "JsonValue"]
 
+_encode = json.JSONEncoder(ensure_ascii=False, default=str).encode  # json.dumps would make an encoder for every line
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _GUESTS = ("uvicorn", "asyncio")  # libraries whose warnings would otherwise break the one-object-a-line format
 _request_logger = logging.getLogger("baton.request")
@@ -43,7 +44,7 @@ class JsonFormatter(logging.Formatter):
             line.update(fields)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return _encode(line)
 
 
 def configure(component: str, level: str = "INFO", stream: TextIO | None = None) -> None:

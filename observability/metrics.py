@@ -51,6 +51,7 @@ class Metrics:
         self._tpot = Histogram("baton_tpot_seconds", "(Last - first token) / (n - 1).", _PLACE, buckets=_SHORT, registry=registry)
         self._gaps = _Gaps("baton_itl_seconds", "Gap between tokens.", _SHORT)
         registry.register(self._gaps)
+        self._known: dict[tuple[Histogram, str, Place], Histogram] = {}
         self._token_series: dict[Place, tuple[Counter, _GapSeries]] = {}
         handoff = ["transport"]
         self._handoff_bytes = Histogram(
@@ -132,18 +133,26 @@ class Metrics:
         stages = record.stages
         first = record.first or Place("", "")
         rest = record.rest or first
-        self._ttft.labels(first.pool, first.worker).observe(ttft)
-        for name, seconds, place in (
-            ("queue", stages.queue, first),
-            ("prefill", stages.prefill, first),
-            ("handoff", stages.handoff, rest),
-            ("first_decode", stages.first_decode, rest),
+        for series, name, seconds, place in (
+            (self._ttft, "", ttft, first),
+            (self._stages, "queue", stages.queue, first),
+            (self._stages, "prefill", stages.prefill, first),
+            (self._stages, "handoff", stages.handoff, rest),
+            (self._stages, "first_decode", stages.first_decode, rest),
+            (self._tpot, "", stages.tpot, rest),
         ):
             if seconds is not None:
-                self._stages.labels(name, place.pool, place.worker).observe(seconds)
-        if stages.tpot is not None:
-            self._tpot.labels(rest.pool, rest.worker).observe(stages.tpot)
+                self._series(series, name, place).observe(seconds)
         self._e2e.observe(stages.total)
+
+    def _series(self, histogram: Histogram, stage: str, place: Place) -> Histogram:
+        """The series of a worker, kept because looking labels up costs more than counting."""
+        key = (histogram, stage, place)
+        series = self._known.get(key)
+        if series is None:
+            labels = (stage, place.pool, place.worker) if stage else (place.pool, place.worker)
+            series = self._known[key] = histogram.labels(*labels)
+        return series
 
 
 class _GapSeries:

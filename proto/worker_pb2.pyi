@@ -23,7 +23,7 @@ class AttemptId(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "submit", "reserve", "grant", "abort", "renew", "gone", "drain")
+    __slots__ = ("hello", "submit", "reserve", "grant", "abort", "renew", "gone", "drain", "more")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class RouterMessage(_message.Message):
     RENEW_FIELD_NUMBER: _ClassVar[int]
     GONE_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     submit: Submit
     reserve: Reserve
@@ -40,7 +41,8 @@ class RouterMessage(_message.Message):
     renew: Renew
     gone: WorkerGone
     drain: Drain
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., abort: _Optional[_Union[AbortAttempt, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., gone: _Optional[_Union[WorkerGone, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[RouterMessage]
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., abort: _Optional[_Union[AbortAttempt, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., gone: _Optional[_Union[WorkerGone, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., more: _Optional[_Iterable[_Union[RouterMessage, _Mapping]]] = ...) -> None: ...
 
 class RouterHello(_message.Message):
     __slots__ = ("router_id", "router_epoch", "worker_epoch")
@@ -161,7 +163,7 @@ class Drain(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "tokens", "granted", "adopted", "handed_over", "failed", "preempted")
+    __slots__ = ("hello", "tokens", "granted", "adopted", "handed_over", "failed", "preempted", "more")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     GRANTED_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +171,7 @@ class WorkerMessage(_message.Message):
     HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     PREEMPTED_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     tokens: TokenBatch
     granted: Granted
@@ -176,7 +179,8 @@ class WorkerMessage(_message.Message):
     handed_over: HandedOver
     failed: AttemptFailed
     preempted: PreemptedAttempt
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., granted: _Optional[_Union[Granted, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., handed_over: _Optional[_Union[HandedOver, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., preempted: _Optional[_Union[PreemptedAttempt, _Mapping]] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[WorkerMessage]
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., granted: _Optional[_Union[Granted, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., handed_over: _Optional[_Union[HandedOver, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., preempted: _Optional[_Union[PreemptedAttempt, _Mapping]] = ..., more: _Optional[_Iterable[_Union[WorkerMessage, _Mapping]]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
     __slots__ = ("worker", "role", "block_size", "total_blocks", "pid")

@@ -91,7 +91,7 @@ class Membership:
         self._members: dict[WorkerRef, Member] = {}
         self._gone: set[WorkerRef] = set()  # lost or dead lives that the roster may still name
         self._dead: set[WorkerRef] = set()  # reported as confirmed dead
-        self._pools: dict[str, str] = {}  # worker id -> pool, of everyone ever seen
+        self._places: dict[str, Place] = {}  # by worker id, of everyone ever seen
         self._kills: dict[WorkerRef, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -141,7 +141,7 @@ class Membership:
 
     def place(self, worker: WorkerRef) -> Place:
         """Labels of a worker, also of one that is gone."""
-        return Place(self._pools.get(worker.worker_id, ""), worker.worker_id)
+        return self._places.get(worker.worker_id) or Place("", worker.worker_id)
 
     def kill(self, worker: WorkerRef, reason: str) -> None:
         """Have the worker ended; WorkerConfirmedDead follows when it certainly is."""
@@ -209,7 +209,7 @@ class Membership:
         self._dead &= keep
 
     def _add(self, ref: WorkerRef, role: Role, registration: pb.Registration) -> None:
-        self._pools[ref.worker_id] = role.value
+        self._places[ref.worker_id] = Place(role.value, ref.worker_id)
         client = WorkerClient(ref, registration.address, self._router_id, self._router_epoch, self)
         self._members[ref] = Member(ref, role, registration.pid, client)
         client.start()

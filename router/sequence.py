@@ -31,7 +31,7 @@ class TokenRun:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for every message to a client, and freezing it would cost as much again; nobody changes one
 class Update:
     """What is new for one sequence since the consumer last looked. `finish` is set on the last one only.
 
@@ -225,12 +225,15 @@ class Sequence:
     def take(self) -> Update:
         """Everything since the last `take`, merged into one update."""
         tokens = tuple(self.tokens[self._taken :])
-        logprobs, prompt_logprobs = tuple(self._logprobs), self._prompt_logprobs
         self._taken = len(self.tokens)
+        self._finish_taken = self.done
+        finish = self.finish if self.done else None
+        if not self._logprobs and not self._prompt_logprobs:
+            return Update(self.index, tokens, (), finish)
+        logprobs, prompt_logprobs = tuple(self._logprobs), self._prompt_logprobs
         self._logprobs.clear()
         self._prompt_logprobs = ()
-        self._finish_taken = self.done
-        return Update(self.index, tokens, logprobs, self.finish if self.done else None, prompt_logprobs)
+        return Update(self.index, tokens, logprobs, finish, prompt_logprobs)
 
     def drop_news(self) -> None:
         """The consumer has what it wants."""
@@ -249,12 +252,14 @@ class Sequence:
             return StageTimes(total=total)
         ttft = first - arrival
         prefill = min(self._prefill, ttft)
-        stages = StageTimes(ttft=ttft, queue=ttft - prefill, prefill=prefill, total=total)
         if second is None or len(self.tokens) < 2:
-            return stages
+            return StageTimes(ttft=ttft, queue=ttft - prefill, prefill=prefill, total=total)
         handoff = min(max(0.0, self._adopted_at - first), second - first) if self._adopted_at is not None else 0.0
-        return replace(
-            stages,
+        return StageTimes(
+            ttft=ttft,
+            queue=ttft - prefill,
+            prefill=prefill,
+            total=total,
             handoff=handoff,
             first_decode=second - first - handoff,
             tpot=time_per_output_token(first, self.last_token_at, len(self.tokens)),

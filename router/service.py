@@ -10,7 +10,6 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -22,16 +21,16 @@ from ..observability.metrics import Metrics
 from ..observability.records import Place
 from ..proto import worker_pb2 as pb
 from . import events as ev
+from .intake import TokenIntake
 from .membership import Membership
 from .outcome import error_of, finish_of, record_of
 from .roster import ControllerLink
-from .sequence import Sequence, TokenGap, TokenRun
+from .sequence import Sequence
 from .stream import Stream, Submission
 from .tape import Brain, Tape
 from .timers import Timers
-from .wire import attempt_from, attempt_to, run_from, spec_to, worker_to
+from .wire import attempt_from, attempt_to, spec_to, worker_to
 
-PROGRESS_EVERY = 32  # tokens between two Progress events of a sequence
 FLUSH_TIMEOUT = 0.5  # seconds for the last aborts to leave at shutdown
 
 logger = logging.getLogger("baton.router")
@@ -65,12 +64,13 @@ class RouterService:
         self._metrics = metrics
         self._tape = tape
         self._random = random.Random(options.seed)
+        self._last_spec = pb.SequenceSpec()  # the two workers of an attempt are told the same, one right after the other
         self._timers = Timers(clock, self.post)
         self.membership = Membership(options.router_id, options.epoch, clock, self, link)
         self.changed = asyncio.Event()  # set whenever the set of live workers has changed
-        self._sequences: dict[str, Sequence] = {}
+        self._running: dict[str, tuple[Sequence, Stream]] = {}  # by the sequence's id
+        self._intake = TokenIntake(self, self._running, metrics)
         self._streams: dict[str, Stream] = {}
-        self._stream_of: dict[str, Stream] = {}  # by sequence id
         self._by_client_id: dict[str, str] = {}
         self._events: deque[ev.Event] = deque()
         self._draining_events = False
@@ -87,7 +87,7 @@ class RouterService:
     @property
     def num_pending(self) -> int:
         """Sequences that no worker has yet."""
-        return sum(1 for sequence in self._sequences.values() if sequence.attempt is None)
+        return sum(1 for sequence, _ in self._running.values() if sequence.attempt is None)
 
     @property
     def num_timers(self) -> int:
@@ -135,8 +135,8 @@ class RouterService:
             if stream.error is not None:
                 break
             request = self._request(stream, index, arrival, seed)
-            sequence = self._sequences[request.id] = Sequence(request, index)
-            self._stream_of[request.id] = stream
+            sequence = Sequence(request, index)
+            self._running[request.id] = sequence, stream
             stream.sequences.append(sequence)
             self.post(ev.Arrived(arrival, request, self._random.random()))
         if stream.error is not None:
@@ -234,7 +234,7 @@ class RouterService:
 
     def _place(self, attempt: Attempt, first: WorkerRef | None, rest: WorkerRef | None) -> pb.SequenceSpec | None:
         """Note where an attempt goes; what its worker is to be told, or None when the request is over."""
-        sequence = self._sequences.get(attempt.request_id)
+        sequence = self._sequence(attempt)
         if sequence is None:
             return None
         if sequence.attempt != attempt:
@@ -244,7 +244,13 @@ class RouterService:
         for worker in {first, rest} - {None}:
             assert worker is not None
             self.membership.assign(worker, attempt)
-        return spec_to(attempt, sequence.request, sequence.attempt_output, self._clock.now())
+        if self._last_spec.attempt.request_id != attempt.request_id or self._last_spec.attempt.number != attempt.number:
+            self._last_spec = spec_to(attempt, sequence.request, sequence.attempt_output, self._clock.now())
+        return self._last_spec
+
+    def _sequence(self, attempt: Attempt) -> Sequence | None:
+        running = self._running.get(attempt.request_id)
+        return None if running is None else running[0]
 
     def _leave_workers(self, sequence: Sequence) -> None:
         if sequence.attempt is not None:
@@ -254,10 +260,10 @@ class RouterService:
     # ---- the end of a request --------------------------------------------------------------------
 
     def _complete(self, action: ev.Complete) -> None:
-        sequence = self._sequences.pop(action.request_id, None)
-        if sequence is None:
+        running = self._running.pop(action.request_id, None)
+        if running is None:
             return
-        stream = self._stream_of.pop(action.request_id)
+        sequence, stream = running
         self._timers.drop_request(action.request_id)
         self._leave_workers(sequence)
         error = error_of(action)
@@ -288,13 +294,13 @@ class RouterService:
         now = self._clock.now()
         match message.WhichOneof("body"):
             case "tokens":
-                self._on_batch(worker, message.tokens.sequences, now)
+                self._intake.take(worker, message.tokens.sequences, now)
             case "granted":
                 attempt = attempt_from(message.granted.attempt)
                 self.post(ev.Granted(now, worker, attempt, message.granted.ticket))
             case "adopted":
                 attempt = attempt_from(message.adopted.attempt)
-                if (sequence := self._sequences.get(attempt.request_id)) is not None:
+                if (sequence := self._sequence(attempt)) is not None:
                     sequence.adopted(attempt, now)
                 self.post(ev.Adopted(now, worker, attempt))
             case "handed_over":
@@ -304,7 +310,7 @@ class RouterService:
                 self.membership.unassign(worker, attempt)
                 self.post(ev.HandedOver(now, worker, attempt))
             case "failed":
-                self._failed(worker, attempt_from(message.failed.attempt), "failed", message.failed)
+                self.attempt_failed(worker, attempt_from(message.failed.attempt), "failed", message.failed)
             case "preempted":
                 attempt = attempt_from(message.preempted.attempt)
                 self._trouble(worker, attempt, "preempted")
@@ -313,90 +319,33 @@ class RouterService:
     def stream_reset(self, worker: WorkerRef, attempts: Seq[Attempt]) -> None:
         for attempt in attempts:
             report = pb.AttemptFailed(reason=f"the control stream of {worker.worker_id} broke", retriable=True)
-            self._failed(worker, attempt, "stream_reset", report)
+            self.attempt_failed(worker, attempt, "stream_reset", report)
 
     def worker_lost(self, worker: WorkerRef, place: Place) -> None:
         """The lifecycle knows. What it cannot know is who still waits for a first token that now never comes."""
         self._metrics.worker_lost(place)
-        for sequence in list(self._sequences.values()):
+        for sequence, _ in list(self._running.values()):
             if sequence.attempt is not None and sequence.awaits_first_token_from(worker):
                 report = pb.AttemptFailed(reason=f"{worker.worker_id} was lost before its first token came", retriable=True)
-                self._failed(worker, sequence.attempt, "worker_lost", report)
+                self.attempt_failed(worker, sequence.attempt, "worker_lost", report)
+
+    def place(self, worker: WorkerRef) -> Place:
+        """Labels of a worker (`intake.IntakeOwner`)."""
+        return self.membership.place(worker)
 
     def membership_changed(self) -> None:
         self.changed.set()
 
-    def _failed(self, worker: WorkerRef, attempt: Attempt, kind: str, report: pb.AttemptFailed) -> None:
+    def attempt_failed(self, worker: WorkerRef, attempt: Attempt, kind: str, report: pb.AttemptFailed) -> None:
         self._trouble(worker, attempt, kind)
         self.post(ev.AttemptFailed(self._clock.now(), worker, attempt, report.reason, report.retriable))
 
     def _trouble(self, worker: WorkerRef, attempt: Attempt, kind: str) -> None:
         """Remember why the attempt will be replaced, if it is."""
         self.membership.unassign(worker, attempt)
-        sequence = self._sequences.get(attempt.request_id)
+        sequence = self._sequence(attempt)
         if sequence is not None and sequence.attempt == attempt:
             sequence.trouble = kind
-
-    def _on_batch(self, worker: WorkerRef, batch: Iterable[pb.SequenceTokens], now: float) -> None:
-        """One step's tokens. This is where most of the router's time goes, so the plain case is dealt with at once."""
-        num_tokens, gaps = 0, dict[float, int]()
-        for message in batch:
-            attempt = message.attempt
-            sequence = self._sequences.get(attempt.request_id)
-            if sequence is None:
-                continue
-            before, previous = len(sequence.tokens), sequence.last_token_at
-            if message.finish or not sequence.follow(worker, attempt.number, message.position, message.tokens, now):
-                self._on_tokens(worker, message, now)
-                continue
-            new = len(sequence.tokens) - before
-            num_tokens += new
-            if new and previous is not None:
-                gap = (now - previous) / new
-                gaps[gap] = gaps.get(gap, 0) + new
-            self._advanced(sequence, worker, sequence.attempt, before, now)
-        if num_tokens:
-            self._metrics.step(self.membership.place(worker), num_tokens, gaps)
-
-    def _advanced(self, sequence: Sequence, worker: WorkerRef, attempt: Attempt | None, before: int, now: float) -> None:
-        """The log has grown from `before` tokens."""
-        if before // PROGRESS_EVERY != len(sequence.tokens) // PROGRESS_EVERY and attempt is not None and not sequence.done:
-            self.post(ev.Progress(now, worker, attempt, len(sequence.tokens)))
-        stream = self._stream_of.get(sequence.request.id)
-        if stream is not None:
-            stream.wake()
-
-    def _on_tokens(self, worker: WorkerRef, message: pb.SequenceTokens, now: float) -> None:
-        sequence = self._sequences.get(message.attempt.request_id)
-        if sequence is None:
-            return
-        attempt = attempt_from(message.attempt)
-        try:
-            accepted = sequence.accept(worker, attempt, run_from(message))
-        except (TokenGap, ValueError) as error:
-            self._failed(worker, attempt, "gap", pb.AttemptFailed(reason=f"{worker.worker_id}: {error}", retriable=True))
-            return
-        for source, run, first in accepted:
-            self._append(sequence, attempt, source, run, first, now)
-
-    def _append(self, sequence: Sequence, attempt: Attempt, worker: WorkerRef, run: TokenRun, first: bool, now: float) -> None:
-        if sequence.done:
-            return
-        before, previous = len(sequence.tokens), sequence.last_token_at
-        sequence.append(worker, run, first, now)
-        if run.tokens:
-            gap = None if previous is None else now - previous
-            self._metrics.tokens(self.membership.place(worker), len(run.tokens), gap)
-        if first:
-            self.post(ev.FirstToken(now, worker, attempt))
-        if run.finish is not None:
-            sequence.wanted_finish = run.finish
-            self.post(ev.Finished(now, worker, attempt))
-            if not sequence.done:  # the lifecycle had given this attempt up already
-                sequence.wanted_finish = None
-                sequence.retract(run)
-                return
-        self._advanced(sequence, worker, attempt, before, now)
 
 
 def _request_of(event: ev.Event) -> str | None:

@@ -40,7 +40,7 @@ class Submission:
 
 
 class Stream:
-    """Updates of all sequences of a request, in the order in which they have news.
+    """Updates of all sequences of a request, in the order in which they have news. Created inside a running event loop.
 
     Iteration ends when every sequence has ended, and raises the error of `core.errors` that ended one of them.
     """
@@ -50,7 +50,9 @@ class Stream:
         self.submission = submission
         self.sequences: list[Sequence] = []
         self.error: BatonError | None = None  # what ended the request before its time
+        self.fresh = False  # something may have come since `poll` found nothing more
         self._stop = stop
+        self._loop = asyncio.get_running_loop()
         self._reader: asyncio.Future[None] | None = None  # who waits for news
         self._next = 0
 
@@ -80,12 +82,17 @@ class Stream:
         """What is new, if anything is. Raises the error that ended the request."""
         if self.error is not None:
             raise self.error
-        sequence = self._with_news()
-        return None if sequence is None else sequence.take()
+        if len(self.sequences) == 1:
+            self.fresh = False
+            sequence = self.sequences[0]
+            return sequence.take() if sequence.has_news else None
+        found = self._with_news()
+        self.fresh = found is not None
+        return None if found is None else found.take()
 
     def news(self) -> asyncio.Future[None]:
         """Done at the next news. One reader at a time; ask only when `poll` has none, and await it at once."""
-        self._reader = asyncio.get_running_loop().create_future()
+        self._reader = self._loop.create_future()
         return self._reader
 
     def fail(self, error: BatonError) -> None:
@@ -96,6 +103,7 @@ class Stream:
 
     def wake(self) -> None:
         """There is something to read. Called by the service."""
+        self.fresh = True
         reader, self._reader = self._reader, None
         if reader is not None and not reader.done():
             reader.set_result(None)
@@ -116,8 +124,6 @@ class Stream:
     def _with_news(self) -> Sequence | None:
         """Round robin, so that one busy sequence cannot hide another."""
         count = len(self.sequences)
-        if count == 1:
-            return self.sequences[0] if self.sequences[0].has_news else None
         for offset in range(count):
             index = (self._next + offset) % count
             if self.sequences[index].has_news:

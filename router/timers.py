@@ -10,10 +10,11 @@ from .events import Timer, TimerFired
 
 
 class Timers:
-    """Posts `TimerFired` when a timer's time has come."""
+    """Posts `TimerFired` when a timer's time has come. Create it inside a running event loop."""
 
     def __init__(self, clock: Clock, post: Callable[[TimerFired], None]) -> None:
         self._clock = clock
+        self._loop = asyncio.get_running_loop()
         self._post = post
         self._handles: dict[Timer, asyncio.TimerHandle] = {}
         self._by_request: dict[str, set[Timer]] = {}
@@ -27,7 +28,7 @@ class Timers:
         if old is not None:
             old.cancel()
         delay = max(0.0, at - self._clock.now())
-        self._handles[timer] = asyncio.get_running_loop().call_later(delay, self._fire, timer, at)
+        self._handles[timer] = self._loop.call_later(delay, self._fire, timer, at)
         self._by_request.setdefault(timer.request_id, set()).add(timer)
 
     def drop_request(self, request_id: str) -> None:

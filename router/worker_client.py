@@ -24,6 +24,7 @@ HEARTBEAT_INTERVAL = 0.5  # seconds
 HELLO_TIMEOUT = 1.0  # seconds for a connected worker to answer our hello
 RECONNECT_TRIES = 3
 RECONNECT_PAUSE = 0.2  # seconds between two of them
+MAX_MORE = 64  # commands that travel with another one
 MAX_DIAL_PAUSE = 2.0  # seconds between tries to reach a worker that was never reached
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -161,6 +162,8 @@ class WorkerClient:
                 if not isinstance(message, pb.WorkerMessage):
                     return
                 self._listener.received(self, message)
+                for following in message.more:
+                    self._listener.received(self, following)
         finally:
             for helper in helpers:
                 helper.cancel()
@@ -170,8 +173,15 @@ class WorkerClient:
         # A write that fails means that the stream broke, which the reader reports.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
-                await call.write(await self._outgoing.get())
-                self._outgoing.task_done()
+                message = await self._outgoing.get()
+                try:
+                    await asyncio.sleep(0)  # what else this turn of the loop has to say goes along: it is the write that costs
+                    while not self._outgoing.empty() and len(message.more) < MAX_MORE:
+                        message.more.append(self._outgoing.get_nowait())
+                    await call.write(message)
+                finally:
+                    for _ in range(1 + len(message.more)):
+                        self._outgoing.task_done()
 
     async def _listen(self, stub: rpc.WorkerStub) -> None:
         """Heartbeats, for as long as the control stream is up. Their absence is judged by the health monitor."""

@@ -128,7 +128,7 @@ class WorkerHost(rpc.WorkerServicer):
         try:
             yield self._hello()
             while not reader.done():
-                message = await session.outgoing.get()
+                message = await session.next_message()
                 if message.WhichOneof("body") is not None:
                     yield message
         finally:
@@ -138,16 +138,20 @@ class WorkerHost(rpc.WorkerServicer):
                 logger.info("control stream of router %s ended", session.router_id)
 
     async def _read(self, session: Session, messages: AsyncIterator[pb.RouterMessage]) -> None:
-        async for message in messages:
-            if session.broken_at is not None:
-                return  # the router has dialled again: what this stream still carries is about attempts that are given up
-            if message.WhichOneof("body") == "drain":
-                self._draining = True
-            elif self._member is not None:
-                try:
-                    self._member.handle(session, message)
-                except Exception:  # one bad command must not cut the stream for everybody else's requests
-                    logger.exception("command %s of router %s failed", message.WhichOneof("body"), session.router_id)
+        async for first in messages:
+            for message in (first, *first.more):
+                if session.broken_at is not None:
+                    return  # the router has dialled again: what this stream still carries is about attempts that are given up
+                self._handle(session, message)
+
+    def _handle(self, session: Session, message: pb.RouterMessage) -> None:
+        if message.WhichOneof("body") == "drain":
+            self._draining = True
+        elif self._member is not None:
+            try:
+                self._member.handle(session, message)
+            except Exception:  # one bad command must not cut the stream for everybody else's requests
+                logger.exception("command %s of router %s failed", message.WhichOneof("body"), session.router_id)
 
     def _open(self, hello: pb.RouterHello) -> Session:
         session, replaced = self._sessions.open(hello.router_id, hello.router_epoch)

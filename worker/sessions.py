@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from ..core.request import Attempt
 from ..proto import worker_pb2 as pb
 
+MAX_MORE = 64  # messages that travel with another one
+
 
 @dataclass(slots=True, eq=False)
 class Session:
@@ -28,6 +30,14 @@ class Session:
     def send(self, message: pb.WorkerMessage) -> None:
         if self.broken_at is None:
             self.outgoing.put_nowait(message)
+
+    async def next_message(self) -> pb.WorkerMessage:
+        """What is to be sent next: everything that waits, in one message, which costs little more than one alone."""
+        message = await self.outgoing.get()
+        await asyncio.sleep(0)  # for what else is said in this turn of the loop
+        while not self.outgoing.empty() and len(message.more) < MAX_MORE:
+            message.more.append(self.outgoing.get_nowait())
+        return message
 
 
 class Sessions:

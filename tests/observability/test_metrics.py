@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from baton.observability.metrics import Metrics
 from baton.observability.records import Place, RequestRecord, SequenceRecord, StageTimes, WorkerSample
 from prometheus_client.parser import text_string_to_metric_families
@@ -101,3 +102,14 @@ def test_registries_are_separate() -> None:
     first, second = Metrics(), Metrics()
     first.attempt(None)
     assert values(second)["baton_attempts_total", ()] == 0
+
+
+def test_gaps_of_a_step_are_counted_together() -> None:
+    metrics = Metrics()
+    metrics.step(DECODE, 6, {0.01: 4, 0.0101: 1, 9.0: 1})
+    seen = values(metrics)
+    assert seen["baton_output_tokens_total", labels(DECODE)] == 6
+    assert seen["baton_itl_seconds_count", labels(DECODE)] == 6
+    assert seen["baton_itl_seconds_sum", labels(DECODE)] == pytest.approx(4 * 0.01 + 0.0101 + 9.0)
+    buckets = {le: seen["baton_itl_seconds_bucket", labels(DECODE, le=le)] for le in ("0.005", "0.01", "0.015", "2.5")}
+    assert buckets == {"0.005": 0, "0.01": 4, "0.015": 5, "2.5": 5}  # a bound belongs to its bucket

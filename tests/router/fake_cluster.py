@@ -67,6 +67,7 @@ class FakeWorker(rpc.WorkerServicer):
         self.running: dict[tuple[str, int], Running] = {}
         self.address = ""
         self.sessions: list[asyncio.Queue[pb.WorkerMessage]] = []
+        self.batches: list[int] = []  # commands that came in one message
         self._server: grpc.aio.Server | None = None
         self._task: asyncio.Task[None] | None = None
         self._work = asyncio.Event()
@@ -137,10 +138,12 @@ class FakeWorker(rpc.WorkerServicer):
             await asyncio.sleep(0.05)
 
     async def _read(self, session: asyncio.Queue[pb.WorkerMessage], messages: AsyncIterator[pb.RouterMessage]) -> None:
-        async for message in messages:
-            self.received.append(message)
-            self._message.set()
-            self._handle(session, message)
+        async for first in messages:
+            self.batches.append(1 + len(first.more))
+            for message in (first, *first.more):
+                self.received.append(message)
+                self._message.set()
+                self._handle(session, message)
 
     def _handle(self, session: asyncio.Queue[pb.WorkerMessage], message: pb.RouterMessage) -> None:
         match message.WhichOneof("body"):

@@ -146,3 +146,39 @@ def test_the_logprobs_of_the_prompt_are_taken_once() -> None:
     stale.place(SECOND, P, P)
     feed(stale, P, SECOND, TokenRun(0, (10,)))
     assert stale.take().prompt_logprobs == ()
+
+
+def test_plain_tokens_follow_without_a_run() -> None:
+    sequence = split()
+    assert not sequence.follow(D, 1, 0, [10], 11.0)  # the first token is not plain
+    feed(sequence, P, FIRST, TokenRun(0, (10,)))
+    assert not sequence.follow(D, 1, 1, [11], 11.5)  # nor is the second
+    feed(sequence, D, FIRST, TokenRun(1, (11,)), 11.5)
+    assert sequence.follow(D, 1, 2, [12, 13], 12.0)
+    assert sequence.take().tokens == (10, 11, 12, 13)
+    assert (sequence.rest_worker, sequence.last_token_at) == (D, 12.0)
+
+
+def test_what_is_not_plain_does_not_follow() -> None:
+    sequence = split()
+    feed(sequence, P, FIRST, TokenRun(0, (10,)))
+    feed(sequence, D, FIRST, TokenRun(1, (11,)))
+    for worker, number, position, tokens in (
+        (P, 1, 2, [12]),  # not its turn
+        (OTHER, 1, 2, [12]),
+        (D, 2, 2, [12]),  # another attempt
+        (D, 1, 1, [11]),  # known already
+        (D, 1, 3, [13]),  # a gap
+        (D, 1, 2, []),
+    ):
+        assert not sequence.follow(worker, number, position, tokens, 12.0)
+    assert sequence.tokens == [10, 11]
+    sequence.end(FinishReason.ABORT, 12.0)
+    assert not sequence.follow(D, 1, 2, [12], 12.0)
+
+
+def test_log_probabilities_are_not_left_behind() -> None:
+    sequence = Sequence(Request("r", (1, 2), SamplingParams(max_tokens=50, logprobs=0), arrival=10.0), 0)
+    sequence.place(FIRST, D, D)
+    feed(sequence, D, FIRST, TokenRun(0, (10, 11), (TokenLogprob(10, -1.0), TokenLogprob(11, -1.0))))
+    assert not sequence.follow(D, 1, 2, [12], 12.0)

@@ -9,7 +9,7 @@ import pytest
 from baton.core.request import WorkerRef
 from baton.core.view import Role
 from baton.proto import worker_pb2 as pb
-from baton.router.worker_client import WorkerClient
+from baton.router.worker_client import MAX_MORE, WorkerClient
 from baton.tests.router.fake_cluster import FakeWorker, running_cluster
 
 
@@ -70,6 +70,36 @@ async def test_talks_both_ways_and_hears_heartbeats() -> None:
         assert message.granted.attempt == spec.attempt
         await client.close()
         assert "lost" not in listener.kinds()
+
+
+async def test_commands_of_one_moment_travel_together_and_in_order() -> None:
+    async with running_cluster(Role.DECODE) as cluster:
+        worker, listener = cluster.workers["d0"], Recorder()
+        client = client_of(worker, listener)
+        await listener.until("connected")
+        count = MAX_MORE + 3
+        for number in range(count):
+            client.send(pb.RouterMessage(grant=pb.Grant(attempt=pb.AttemptId(request_id="r", number=number))))
+        await client.flush()
+        await worker.until_received("grant", count)
+        numbers = [message.grant.attempt.number for message in worker.received if message.WhichOneof("body") == "grant"]
+        assert numbers == list(range(count))
+        assert worker.batches == [MAX_MORE + 1, 2]
+        await client.close()
+
+
+async def test_what_a_worker_says_at_once_is_heard_in_order() -> None:
+    async with running_cluster(Role.DECODE) as cluster:
+        worker, listener = cluster.workers["d0"], Recorder()
+        client = client_of(worker, listener)
+        await listener.until("connected")
+        adopted = [pb.WorkerMessage(adopted=pb.Adopted(attempt=pb.AttemptId(request_id="r", number=n))) for n in range(3)]
+        adopted[0].more.extend(adopted[1:])
+        worker.sessions[0].put_nowait(adopted[0])
+        await listener.until("received", 3)
+        heard = [message for kind, message in listener.heard if kind == "received"]
+        assert [message.adopted.attempt.number for message in heard if isinstance(message, pb.WorkerMessage)] == [0, 1, 2]
+        await client.close()
 
 
 async def test_broken_stream_comes_back_and_says_so() -> None:

@@ -71,7 +71,7 @@ class Link:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
             async for message in self.call:
                 async with self.changed:
-                    self.seen.append(message)
+                    self.seen += (message, *message.more)
                     self.changed.notify_all()
 
     async def expect(self, body: str, matches: Callable[[pb.WorkerMessage], bool] = lambda _: True) -> pb.WorkerMessage:

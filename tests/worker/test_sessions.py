@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from baton.core.request import Attempt
 from baton.proto import worker_pb2 as pb
-from baton.worker.sessions import Sessions
+from baton.worker.sessions import MAX_MORE, Sessions
 
 ONE, TWO = Attempt("r-1", 0), Attempt("r-2", 0)
 
@@ -48,3 +48,15 @@ def test_broken_sessions_expire_after_the_grace_period_and_send_nothing() -> Non
     assert session.outgoing.empty()
     assert sessions.expired(104.9, 5.0) == []
     assert sessions.expired(105.0, 5.0) == [session]
+
+
+async def test_what_waits_travels_in_one_message() -> None:
+    session, _ = Sessions().open("router-0", 1)
+    count = MAX_MORE + 3
+    for number in range(count):
+        session.send(pb.WorkerMessage(adopted=pb.Adopted(attempt=pb.AttemptId(request_id="r", number=number))))
+    batches = [await session.next_message(), await session.next_message()]
+    assert [len(batch.more) for batch in batches] == [MAX_MORE, 1]
+    numbers = [message.adopted.attempt.number for batch in batches for message in (batch, *batch.more)]
+    assert numbers == list(range(count))
+    assert session.outgoing.empty()
