@@ -18,7 +18,7 @@ from baton.kernels.batch import AttentionSpec, RowSpan
 from baton.kernels.table import Kernels, Linear, PagedAttention
 from torch import Tensor
 
-FORWARD, ATTENTION_SETUP, ATTENTION, LINEAR = "forward", "attention's set-up", "attention", "linears"
+FORWARD, ATTENTION_SETUP, ATTENTION, LINEAR, GATED = "forward", "attention's set-up", "attention", "linears", "linears with gates"
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ def load_stopped(folder: Path, dtype: str, max_model_len: int, kernels: str, thr
 
 
 def _stopped(kernels: Kernels, watch: Stopwatch) -> Kernels:
-    """Every kernel under its own name, also those that a later table adds."""
+    """Every kernel of a forward under its own name, also those that a later table adds."""
 
     def attention(kv: Tensor, rows: Sequence[RowSpan]) -> PagedAttention:
         return _StoppedAttention(watch.run(ATTENTION_SETUP, kernels.attention, kv, rows), watch)
@@ -83,7 +83,7 @@ def _stopped(kernels: Kernels, watch: Stopwatch) -> Kernels:
     others = {
         item.name: around(item.name, getattr(kernels, item.name))
         for item in fields(kernels)
-        if item.name not in ("attention", "linear") and callable(getattr(kernels, item.name))
+        if item.name not in ("attention", "linear", "argmax", "draw") and callable(getattr(kernels, item.name))
     }
     return replace(kernels, attention=attention, linear=linear, **others)
 
@@ -112,3 +112,6 @@ class _StoppedAttention(_Around):
 class _StoppedLinear(_Around):
     def __call__(self, x: Tensor) -> object:
         return self._watch.run(LINEAR, self._inner, x)
+
+    def gated(self, activation: str, x: Tensor) -> object:
+        return self._watch.run(GATED, self._inner.gated, activation, x)

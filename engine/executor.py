@@ -149,7 +149,7 @@ class TorchExecutor:
         if not sampling:
             return (RowOutput(),) * len(rows)
         shapers = {i: self._shaper(row) for i, row in enumerate(sampling) if row.needs is not None and row.sampling.shaped}
-        made = sample(logits, sampling, self._constraints.masks(sampling, self._last), shapers, self._model.kernels.draw)
+        made = sample(logits, sampling, self._constraints.masks(sampling, self._last), shapers, self._model.kernels)
         for row, output in zip(sampling, made, strict=True):
             self._remember(row.attempt, output.tokens[-1])
         for i, shaper in shapers.items():

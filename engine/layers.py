@@ -32,6 +32,9 @@ class ColumnLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return self.linear(x)
 
+    def gated(self, activation: str, x: Tensor) -> Tensor:
+        return self.linear.gated(activation, x)
+
 
 @dataclass(frozen=True, slots=True)
 class RowLinear:
@@ -101,11 +104,11 @@ class GatedMLP:
     """SwiGLU, GEGLU: the MLP half of most layers."""
 
     gate_up: ColumnLinear  # E -> 2F, gate first
-    activation: Map  # 2F -> F
+    activation: str
     down: RowLinear  # F -> E
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate_up(x)))
+        return self.down(self.gate_up.gated(self.activation, x))
 
 
 @dataclass(frozen=True, slots=True)

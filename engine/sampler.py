@@ -12,19 +12,17 @@ any retry, on any worker. Greedy rows cost one argmax.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..core.request import TokenLogprob
 from ..core.step import RowOutput, StepRow
-from ..kernels import cpu
 from ..kernels.batch import DrawSpec
+from ..kernels.table import KERNELS, Kernels
 from .grammar import Mask
 from .shaping import Shaper, shape
-
-Draw = Callable[[Tensor, Sequence[DrawSpec]], Tensor]
 
 
 def sample(
@@ -32,26 +30,30 @@ def sample(
     rows: Sequence[StepRow],
     allowed: Mapping[int, Mask] | None = None,
     shapers: Mapping[int, Shaper] | None = None,
-    draw: Draw = cpu.draw,
+    kernels: Kernels = KERNELS["cpu"],
 ) -> list[RowOutput]:
     """One token per row: logits [R, V] of any float type, rows[i] asks for logits[i]. `logits` may be overwritten.
 
     allowed[i] are the tokens that the grammar of rows[i] allows, at least one; whatever else bans all of them loses.
-    shapers[i] knows the tokens of rows[i] and what they do to its logits. draw makes tokens of the rows that are not greedy.
+    shapers[i] knows the tokens of rows[i] and what they do to its logits.
 
     Greedy rows take the argmax, the lowest id when tokens tie.
     """
-    wide = logits.float()  # [R, V]; argmax is also several times faster than in bfloat16
     reported = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+    drawn = [i for i, row in enumerate(rows) if not row.sampling.greedy]
+    stopping = [i for i, row in enumerate(rows) if row.output_index < row.sampling.min_tokens and row.sampling.stop_token_ids]
+    if not (reported or drawn or stopping or allowed or shapers):
+        return [RowOutput((token,)) for token in kernels.argmax(logits).tolist()]
+    wide = logits.float()  # [R, V]
     raw = torch.log_softmax(wide[reported], dim=-1) if reported else None  # [reported, V]
     if shapers:
         shape(wide, shapers)
-    _ban_stop_tokens(wide, rows)
+    for i in stopping:
+        _ban_stop_tokens(wide[i], rows[i])
     _ban_all_but(wide, allowed or {})
-    chosen = torch.argmax(wide, dim=-1)  # [R]
-    drawn = [i for i, row in enumerate(rows) if not row.sampling.greedy]
+    chosen = kernels.argmax(wide)  # [R]
     if drawn:
-        chosen[drawn] = draw(wide[drawn], [_draw_spec(rows[i]) for i in drawn])
+        chosen[drawn] = kernels.draw(wide[drawn], [_draw_spec(rows[i]) for i in drawn])
     tokens: list[int] = chosen.tolist()
     if raw is None:
         return [RowOutput((token,)) for token in tokens]
@@ -71,13 +73,9 @@ def prompt_logprobs(logits: Tensor, targets: Sequence[int], num_top: int) -> tup
     return tuple(TokenLogprob(*entry) for entry in zip(targets, values, tops, strict=True))
 
 
-def _ban_stop_tokens(logits: Tensor, rows: Sequence[StepRow]) -> None:
-    """Stop tokens are impossible until min_tokens were sampled."""
-    vocabulary = logits.shape[1]
-    for i, row in enumerate(rows):
-        if row.output_index < row.sampling.min_tokens and row.sampling.stop_token_ids:
-            banned = [token for token in row.sampling.stop_token_ids if token < vocabulary]
-            logits[i, banned] = -math.inf
+def _ban_stop_tokens(logits: Tensor, row: StepRow) -> None:
+    """logits [V]: stop tokens are impossible until min_tokens were sampled."""
+    logits[[token for token in row.sampling.stop_token_ids if token < logits.shape[0]]] = -math.inf
 
 
 def _ban_all_but(logits: Tensor, allowed: Mapping[int, Mask]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .batch import AttentionSpec, DrawSpec, RowSpan
+from .reference import ReferenceLinear
 
 QUERY_TILE = 128  # queries per tile of prefill attention: bounds the scores in memory and skips what causality hides
 GROUP_BYTES = 4 << 20  # KV gathered at once for decode rows: bounds padding, and what leaves the core's cache
@@ -66,6 +67,19 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2F], gate first -> [T, F]."""
     half = gate_up.shape[-1] // 2
     return functional.gelu(gate_up[:, :half], approximate="tanh").mul_(gate_up[:, half:])
+
+
+GATES = {"silu": silu_mul, "gelu_tanh": gelu_mul}
+
+
+class CpuLinear(ReferenceLinear):
+    """torch's own product is the fastest that torch has."""
+
+    __slots__ = ()
+
+    def gated(self, activation: str, x: Tensor) -> Tensor:
+        """x [T, inputs] -> [T, outputs / 2]."""
+        return GATES[activation](self(x))
 
 
 class CpuAttention:

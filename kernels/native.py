@@ -8,6 +8,7 @@ types, and linears that cannot be packed, take the way of `cpu`. Their results d
 from __future__ import annotations
 
 import ctypes
+import mmap
 from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
@@ -18,10 +19,12 @@ from torch import Tensor
 from . import cpu
 from .batch import AttentionSpec, DrawSpec, RowSpan
 from .native_build import build_native, processor_flags
-from .reference import ReferenceLinear
+from .reference import argmax
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 LARGEST_HEAD = {torch.float32: 256, torch.bfloat16: 512}  # head dimensions that fit the registers of decode attention
+PANEL = 64  # outputs that are packed together
+GATES = {"silu": 0, "gelu_tanh": 1}
 MOST_IN_PLACE = 1  # tokens of a row that is attended in place
 
 
@@ -88,15 +91,15 @@ class NativeLibrary:
             torch.bfloat16: (features == 2 and not amx) or deterministic,
         }
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> NativeLinear | ReferenceLinear:
+    def linear(self, weight: Tensor, bias: Tensor | None) -> NativeLinear | cpu.CpuLinear:
         """Pack a weight [outputs, inputs]."""
         kind, (outputs, inputs) = TYPES.get(weight.dtype), weight.shape
         if kind is None or not self._packs[weight.dtype]:
-            return ReferenceLinear(weight, bias)
+            return cpu.CpuLinear(weight, bias)
         words = self._library.baton_packed_words(kind, outputs, inputs)
         if words == 0:
-            return ReferenceLinear(weight, bias)
-        packed = torch.empty(words, dtype=torch.int32)
+            return cpu.CpuLinear(weight, bias)
+        packed = _huge_pages(words)
         self._library.baton_pack(kind, weight.contiguous().data_ptr(), outputs, inputs, packed.data_ptr())
         return NativeLinear(self._library, self._threads, packed, (outputs, inputs), bias, weight.dtype)
 
@@ -127,19 +130,22 @@ class NativeLibrary:
         )
         return total, out
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """gate_up [T, 2F], gate first -> [T, F]."""
-        return cpu.silu_mul(gate_up) if gate_up.dtype not in TYPES else self._gated(0, gate_up)
-
-    def gelu_mul(self, gate_up: Tensor) -> Tensor:
-        """gate_up [T, 2F], gate first -> [T, F]."""
-        return cpu.gelu_mul(gate_up) if gate_up.dtype not in TYPES else self._gated(1, gate_up)
-
     def attention(self, kv: Tensor, rows: Sequence[RowSpan]) -> NativeAttention | cpu.CpuAttention:
         """Attention of one step over the pool kv[N, L, 2, K, S, D]."""
         if kv.dtype not in TYPES or kv.shape[-1] > LARGEST_HEAD[kv.dtype] or kv.shape[-1] % 2:
             return cpu.CpuAttention(kv, rows)
         return NativeAttention(self._library, self._threads, kv, rows, 0 if self.deterministic else MOST_IN_PLACE)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The likeliest token of every row, the lowest of equals: [R, V] -> int64 [R]."""
+        kind = TYPES.get(logits.dtype)
+        if kind is None:
+            return argmax(logits)
+        logits = logits.contiguous()
+        count, vocabulary = logits.shape
+        tokens = torch.empty(count, dtype=torch.int64)
+        self._library.baton_argmax(self._pool, kind, logits.data_ptr(), count, vocabulary, tokens.data_ptr())
+        return tokens
 
     def draw(self, logits: Tensor, specs: Sequence[DrawSpec]) -> Tensor:
         """A token for every row: float32 [R, V] -> int64 [R]; see `reference.draw`."""
@@ -152,13 +158,6 @@ class NativeLibrary:
         tokens = torch.empty(count, dtype=torch.int64)
         self._library.baton_draw(self._pool, logits.data_ptr(), count, vocabulary, how, tokens.data_ptr())
         return tokens
-
-    def _gated(self, activation: int, gate_up: Tensor) -> Tensor:
-        gate_up = gate_up.contiguous()
-        tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
-        out = gate_up.new_empty((tokens, inner))
-        self._library.baton_gated(self._pool, TYPES[gate_up.dtype], activation, gate_up.data_ptr(), tokens, inner, out.data_ptr())
-        return out
 
 
 class NativeLinear:
@@ -174,6 +173,7 @@ class NativeLinear:
         dtype: torch.dtype,
     ) -> None:
         self._call = library.baton_linear
+        self._call_gated, self._gate = library.baton_gated_linear, library.baton_gated
         self._unpack = library.baton_unpack_rows
         self._threads = threads
         self._packed = packed  # int32 [words]
@@ -199,6 +199,21 @@ class NativeLinear:
             self._bias_at,
             out.data_ptr(),
         )
+        return out
+
+    def gated(self, activation: str, x: Tensor) -> Tensor:
+        """x [T, inputs] -> [T, outputs / 2]; one call where both halves are whole panels."""
+        x = x.contiguous()
+        tokens, inner, gate = x.shape[0], self._outputs // 2, GATES[activation]
+        out = x.new_empty((tokens, inner))
+        pool, kind = self._threads.handle, self._type
+        if inner % PANEL:
+            gate_up = self(x)
+            self._gate(pool, kind, gate, gate_up.data_ptr(), tokens, inner, out.data_ptr())
+            return out
+        self._call_gated(
+            pool, kind, gate, x.data_ptr(), tokens, self._at, self._inputs, inner, self._bias_at, out.data_ptr()
+        )  # fmt: skip
         return out
 
     def rows(self, index: Tensor) -> Tensor:
@@ -253,6 +268,14 @@ class NativeAttention:
         return out
 
 
+def _huge_pages(words: int) -> Tensor:
+    """int32 [words] in huge pages where the system gives them: reading weights through small ones is a fifth slower."""
+    memory = mmap.mmap(-1, 4 * words, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.int32, count=words)
+
+
 def _declare(library: ctypes.CDLL) -> None:
     """The signatures of csrc/native.h."""
     library.baton_features.restype = c_int32
@@ -269,6 +292,19 @@ def _declare(library: ctypes.CDLL) -> None:
     library.baton_unpack_rows.argtypes = [c_int32, c_void_p, c_int64, c_void_p, c_int64, c_void_p]
     library.baton_linear.restype = None
     library.baton_linear.argtypes = [c_void_p, c_int32, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p]
+    library.baton_gated_linear.restype = None
+    library.baton_gated_linear.argtypes = [
+        c_void_p,
+        c_int32,
+        c_int32,
+        c_void_p,
+        c_int64,
+        c_void_p,
+        c_int64,
+        c_int64,
+        c_void_p,
+        c_void_p,
+    ]
     library.baton_rms_norm.restype = None
     library.baton_rms_norm.argtypes = [
         c_void_p,
@@ -287,6 +323,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.baton_gated.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int64, c_int64, c_void_p]
     library.baton_packed_row_words.restype = c_int64
     library.baton_packed_row_words.argtypes = [c_int32, c_int64, c_int64, c_int64]
+    library.baton_argmax.restype = None
+    library.baton_argmax.argtypes = [c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p]
     library.baton_draw.restype = None
     library.baton_draw.argtypes = [c_void_p, c_void_p, c_int64, c_int64, POINTER(_Draw), c_void_p]
     library.baton_attention.restype = None

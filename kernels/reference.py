@@ -61,6 +61,9 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
     return functional.gelu(gate.float(), approximate="tanh").to(gate.dtype) * up
 
 
+GATES = {"silu": silu_mul, "gelu_tanh": gelu_mul}
+
+
 @dataclass(frozen=True, slots=True)
 class ReferenceLinear:
     """y = x W' + b: weight [outputs, inputs], bias [outputs] or None."""
@@ -71,6 +74,10 @@ class ReferenceLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, inputs] -> [T, outputs]."""
         return functional.linear(x, self.weight, self.bias)
+
+    def gated(self, activation: str, x: Tensor) -> Tensor:
+        """x [T, inputs] -> [T, outputs / 2]."""
+        return GATES[activation](self(x))
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight: index int64 [T] -> [T, inputs]."""
@@ -177,6 +184,11 @@ def gumbel_sample(logits: Tensor, seed: int, sequence_index: int, output_index: 
     words = [random_word(seed, sequence_index, output_index, token) for token in range(logits.shape[0])]
     noise = -torch.log(exponential_noise(torch.tensor(words)))  # [V]
     return int(torch.argmax(logits.float() + noise))
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The likeliest token of every row, the lowest of equals: [R, V] -> int64 [R]."""
+    return torch.argmax(logits.float(), dim=-1)
 
 
 def draw(logits: Tensor, specs: Sequence[DrawSpec]) -> Tensor:

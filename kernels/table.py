@@ -35,6 +35,10 @@ class Linear(Protocol):
         """y = x W' + b: [T, inputs] -> [T, outputs]."""
         ...
 
+    def gated(self, activation: str, x: Tensor) -> Tensor:
+        """activation(first half of y) * second half: [T, inputs] -> [T, outputs / 2]; one of `reference.GATES`."""
+        ...
+
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight, for a head that is also the embedding: index int64 [T] -> [T, inputs]."""
         ...
@@ -52,8 +56,7 @@ class Kernels:
     linear: Callable[[Tensor, Tensor | None], Linear]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    silu_mul: Callable[[Tensor], Tensor]
-    gelu_mul: Callable[[Tensor], Tensor]
+    argmax: Callable[[Tensor], Tensor]
     draw: Callable[[Tensor, Sequence[DrawSpec]], Tensor]
 
 
@@ -63,13 +66,10 @@ KERNELS: dict[str, Kernels] = {
         reference.ReferenceLinear,
         reference.rms_norm,
         reference.add_rms_norm,
-        reference.silu_mul,
-        reference.gelu_mul,
+        reference.argmax,
         reference.draw,
     ),
-    "cpu": Kernels(
-        cpu.CpuAttention, reference.ReferenceLinear, cpu.rms_norm, cpu.add_rms_norm, cpu.silu_mul, cpu.gelu_mul, cpu.draw
-    ),
+    "cpu": Kernels(cpu.CpuAttention, cpu.CpuLinear, cpu.rms_norm, cpu.add_rms_norm, reference.argmax, cpu.draw),
 }
 
 
@@ -96,7 +96,6 @@ def make_kernels(name: str, threads: int = 1, deterministic: bool = False) -> Ke
         library.linear,
         library.rms_norm,
         library.add_rms_norm,
-        library.silu_mul,
-        library.gelu_mul,
+        library.argmax,
         library.draw,
     )

@@ -91,11 +91,10 @@ class GatedMLPLoader:
     def load(self, config: ModelConfig, weights: Weights, layer: int) -> Map:
         name = f"{layer_name(layer)}.mlp"
         inner = weights.parallel.share(config.intermediate_size, "MLP columns")
-        activations = {"silu": weights.kernels.silu_mul, "gelu_tanh": weights.kernels.gelu_mul}
         halves = [(f"{name}.gate_proj", inner), (f"{name}.up_proj", inner)]
         return GatedMLP(
             weights.column(halves, config.hidden_size, config.mlp_bias),
-            activations[config.activation],
+            config.activation,
             weights.row(f"{name}.down_proj", inner, config.hidden_size, config.mlp_bias),
         )
 

@@ -35,7 +35,7 @@ class RoutedMLP:
 
     router: Linear  # E -> number of experts
     experts: tuple[Expert, ...]
-    activation: Map  # 2F -> F
+    activation: str
     num_chosen: int
     normalized: bool
     parallel: ParallelContext
@@ -68,7 +68,7 @@ class RoutedMLP:
         begin = 0
         for expert, end in zip(self.experts, ends, strict=True):
             if end > begin:
-                out.index_copy_(0, order[begin:end], expert.down(self.activation(expert.gate_up(gathered[begin:end]))))
+                out.index_copy_(0, order[begin:end], expert.down(expert.gate_up.gated(self.activation, gathered[begin:end])))
             begin = end
         return out
 
@@ -106,7 +106,7 @@ class RoutedMLPLoader:
                 self._expert(config, weights, f"{name}.experts.{index}", experts.inner_size)
                 for index in range(experts.num_experts)
             ),
-            activation=weights.kernels.silu_mul,
+            activation=config.activation,
             num_chosen=experts.num_chosen,
             normalized=experts.normalized,
             parallel=weights.parallel,

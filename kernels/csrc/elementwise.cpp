@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "activation.h"
 #include "native.h"
 #include "pool.h"
 #include "vector.h"
@@ -51,22 +52,14 @@ void rms_norm(Pool& pool, const T* x, long x_stride, const T* delta, const T* we
     });
 }
 
-// x * sigmoid(y)
-inline f32x16 times_sigmoid(f32x16 x, f32x16 y) { return x / (1.0f + exponential(y < -80.0f ? splat(80.0f) : -y)); }
-
-inline f32x16 silu(f32x16 x) { return times_sigmoid(x, x); }
-
-// gelu(x) = x / 2 * (1 + tanh(y)) = x * sigmoid(2y), y = sqrt(2 / pi) * (x + 0.044715 x^3) (Hendrycks and Gimpel 2016)
-inline f32x16 gelu(f32x16 x) { return times_sigmoid(x, 1.59576912160573f * (x + 0.044715f * x * x * x)); }
-
 template <class T>
 void gated(Pool& pool, int activation, const T* gate_up, long tokens, long inner, T* out) {
     share_rows(pool, tokens, 2 * inner, [&](long begin, long end) {
         for (long t = begin; t < end; ++t) {
             const T *gate = gate_up + t * 2 * inner, *up = gate + inner;
             for (long i = 0; i < inner; i += 16) {
-                f32x16 g = widen_at(gate + i, inner - i);
-                narrow_at((activation ? gelu(g) : silu(g)) * widen_at(up + i, inner - i), out + t * inner + i, inner - i);
+                f32x16 g = activate(activation, widen_at(gate + i, inner - i));
+                narrow_at(g * widen_at(up + i, inner - i), out + t * inner + i, inner - i);
             }
         }
     });

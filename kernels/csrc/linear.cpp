@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "activation.h"
 #include "matmul.h"
 #include "native.h"
 #include "pool.h"
@@ -37,36 +38,73 @@ void unpack_rows(const uint32_t* packed, long inputs, const int64_t* index, long
     }
 }
 
-template <class T>
-void linear(Pool& pool, const T* x, long tokens, const uint32_t* packed, long inputs, long outputs, const T* bias, T* out) {
-    const long words = inputs / kPerWord<T>, panels = num_panels(outputs);
+// Calls run(panel, begin, rows) for every panel and every tile of rows of x.
+template <class Run>
+void over_tiles(Pool& pool, long panels, long tokens, const Run& run) {
     const long tiles = (tokens + kMaxRows - 1) / kMaxRows;
     // Few and contiguous runs of panels where weights are streamed, single panels where the work is long.
     const long runs = tokens > 64 ? panels : std::min<long>(panels, 4L * pool.num_threads());
-    pool.run(runs, [&](long run) {
-        for (long panel = panels * run / runs; panel < panels * (run + 1) / runs; ++panel) {
-            const long first = panel * kPanel, width = std::min<long>(kPanel, outputs - first);
+    pool.run(runs, [&](long at) {
+        for (long panel = panels * at / runs; panel < panels * (at + 1) / runs; ++panel)
             for (long tile = 0; tile < tiles; ++tile) {
-                const long begin = tokens * tile / tiles, rows = tokens * (tile + 1) / tiles - begin;
-                float sums[kMaxRows][kPanel];
-                multiply_tile<T>(static_cast<int>(rows), packed + panel * words * kPanel,
-                                 reinterpret_cast<const uint32_t*>(x + begin * inputs), words, words, sums[0], kPanel, false);
-                for (long i = 0; i < rows; ++i) {
-                    T* to = out + (begin + i) * outputs + first;
-                    for (long j = 0; j < width; j += 16) {
-                        const int count = static_cast<int>(std::min<long>(16, width - j));
-                        f32x16 y = load<f32x16>(sums[i] + j);
-                        if (count == 16) {
-                            if (bias) y += widen16(bias + first + j);
-                            narrow16(y, to + j);
-                        } else {
-                            if (bias) y += widen_some(bias + first + j, count);
-                            narrow_some(y, to + j, count);
-                        }
-                    }
+                const long begin = tokens * tile / tiles;
+                run(panel, begin, tokens * (tile + 1) / tiles - begin);
+            }
+    });
+}
+
+// A weight and what it is multiplied with.
+template <class T>
+struct Product {
+    const T* x;
+    const uint32_t* packed;
+    long inputs;
+
+    // sums[i][j] = row begin + i of x times output j of the panel
+    void multiply(long panel, long begin, long rows, float (*sums)[kPanel]) const {
+        const long words = inputs / kPerWord<T>;
+        multiply_tile<T>(static_cast<int>(rows), packed + panel * words * kPanel,
+                         reinterpret_cast<const uint32_t*>(x + begin * inputs), words, words, sums[0], kPanel, false);
+    }
+};
+
+template <class T>
+void linear(Pool& pool, const Product<T>& product, long tokens, long outputs, const T* bias, T* out) {
+    over_tiles(pool, num_panels(outputs), tokens, [&](long panel, long begin, long rows) {
+        const long first = panel * kPanel, width = std::min<long>(kPanel, outputs - first);
+        float sums[kMaxRows][kPanel];
+        product.multiply(panel, begin, rows, sums);
+        for (long i = 0; i < rows; ++i) {
+            T* to = out + (begin + i) * outputs + first;
+            for (long j = 0; j < width; j += 16) {
+                const int count = static_cast<int>(std::min<long>(16, width - j));
+                f32x16 y = load<f32x16>(sums[i] + j);
+                if (count == 16) {
+                    if (bias) y += widen16(bias + first + j);
+                    narrow16(y, to + j);
+                } else {
+                    if (bias) y += widen_some(bias + first + j, count);
+                    narrow_some(y, to + j, count);
                 }
             }
         }
+    });
+}
+
+// Gates are the first `inner` outputs, a multiple of kPanel. Rounded where the two steps alone would round.
+template <class T>
+void gated_linear(Pool& pool, const Product<T>& product, int activation, long tokens, long inner, const T* bias, T* out) {
+    over_tiles(pool, inner / kPanel, tokens, [&](long panel, long begin, long rows) {
+        const long first = panel * kPanel;
+        float gates[kMaxRows][kPanel], values[kMaxRows][kPanel];
+        product.multiply(panel, begin, rows, gates);
+        product.multiply(panel + inner / kPanel, begin, rows, values);
+        for (long i = 0; i < rows; ++i)
+            for (long j = 0; j < kPanel; j += 16) {
+                f32x16 gate = load<f32x16>(gates[i] + j), value = load<f32x16>(values[i] + j);
+                if (bias) gate += widen16(bias + first + j), value += widen16(bias + inner + first + j);
+                narrow16(activate(activation, rounded<T>(gate)) * rounded<T>(value), out + (begin + i) * inner + first + j);
+            }
     });
 }
 
@@ -105,9 +143,22 @@ void baton_unpack_rows(int32_t type, const uint32_t* packed, int64_t inputs, con
 
 void baton_linear(BatonPool* pool, int32_t type, const void* x, int64_t tokens, const uint32_t* packed, int64_t inputs,
                   int64_t outputs, const void* bias, void* out) {
-    if (type)
-        return linear(*pool, static_cast<const BFloat16*>(x), tokens, packed, inputs, outputs, static_cast<const BFloat16*>(bias),
-                      static_cast<BFloat16*>(out));
-    linear(*pool, static_cast<const float*>(x), tokens, packed, inputs, outputs, static_cast<const float*>(bias),
-           static_cast<float*>(out));
+    if (type) {
+        using T = BFloat16;
+        return linear<T>(*pool, {static_cast<const T*>(x), packed, inputs}, tokens, outputs, static_cast<const T*>(bias), static_cast<T*>(out));
+    }
+    using T = float;
+    linear<T>(*pool, {static_cast<const T*>(x), packed, inputs}, tokens, outputs, static_cast<const T*>(bias), static_cast<T*>(out));
+}
+
+void baton_gated_linear(BatonPool* pool, int32_t type, int32_t activation, const void* x, int64_t tokens, const uint32_t* packed,
+                        int64_t inputs, int64_t inner, const void* bias, void* out) {
+    if (type) {
+        using T = BFloat16;
+        return gated_linear<T>(*pool, {static_cast<const T*>(x), packed, inputs}, activation, tokens, inner,
+                               static_cast<const T*>(bias), static_cast<T*>(out));
+    }
+    using T = float;
+    gated_linear<T>(*pool, {static_cast<const T*>(x), packed, inputs}, activation, tokens, inner, static_cast<const T*>(bias),
+                    static_cast<T*>(out));
 }

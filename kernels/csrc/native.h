@@ -25,12 +25,16 @@ void baton_unpack_rows(int32_t type, const uint32_t* packed, int64_t inputs, con
 // out [T, outputs] = x [T, inputs] times the weight, plus bias [outputs] unless it is null.
 void baton_linear(BatonPool* pool, int32_t type, const void* x, int64_t tokens, const uint32_t* packed, int64_t inputs,
                   int64_t outputs, const void* bias, void* out);
+// The same for a weight [2F, inputs] whose first half makes gates: out [T, F] = activation(gates) * the others, each
+// rounded to the type first. F must be a multiple of 64; activation 0 is silu, 1 is gelu (tanh).
+void baton_gated_linear(BatonPool* pool, int32_t type, int32_t activation, const void* x, int64_t tokens, const uint32_t* packed,
+                        int64_t inputs, int64_t inner, const void* bias, void* out);
 
 // total = x + delta (where delta is not null), out = total / rms(total) * weight; x, delta, total, out [T, E].
 // `x_stride` is the number of elements from one row of x to the next.
 void baton_rms_norm(BatonPool* pool, int32_t type, const void* x, int64_t x_stride, const void* delta, const void* weight,
                     float eps, int64_t tokens, int64_t size, void* total, void* out);
-// out [T, F] = activation(first half of the row) * second half; gate_up [T, 2F]; activation 0 is silu, 1 is gelu (tanh).
+// out [T, F] = activation(first half of the row) * second half; gate_up [T, 2F].
 void baton_gated(BatonPool* pool, int32_t type, int32_t activation, const void* gate_up, int64_t tokens, int64_t inner, void* out);
 
 // One row of a step. `packed` is -1 for a row that is attended in place, or where in `scratch` its keys and values go.
@@ -60,6 +64,9 @@ struct BatonLayer {
 // Words of scratch that a packed row takes whose cache holds `context` tokens after the step.
 int64_t baton_packed_row_words(int32_t type, int64_t context, int64_t kv_heads, int64_t head_dim);
 void baton_attention(const BatonStep* step, const BatonLayer* layer);
+
+// tokens[i] = the lowest index of the largest of logits[i], [count, vocabulary]; 0 where there is none but NaN.
+void baton_argmax(BatonPool* pool, int32_t type, const void* logits, int64_t count, int64_t vocabulary, int64_t* tokens);
 
 // How one row of logits becomes a token; see kernels/batch.py, `DrawSpec`.
 struct BatonDraw {

@@ -139,6 +139,17 @@ class Histogram {
     std::vector<double> mass_;
 };
 
+template <class T>
+int64_t argmax(const T* logits, long vocabulary) {
+    f32x16 most = splat(kNever);
+    for (long i = 0; i + 16 <= vocabulary; i += 16) most = maximum(most, widen16(logits + i));
+    float highest = maximum(most);
+    for (long i = vocabulary / 16 * 16; i < vocabulary; ++i) highest = std::max(highest, widen(logits[i]));
+    for (long i = 0; i < vocabulary; ++i)
+        if (widen(logits[i]) == highest) return i;
+    return 0;
+}
+
 int64_t draw(const float* logits, long vocabulary, const BatonDraw& how) {
     const long size = (vocabulary + 63) / 64 * 64;
     static thread_local std::vector<float> scaled;
@@ -179,6 +190,15 @@ int64_t draw(const float* logits, long vocabulary, const BatonDraw& how) {
 }  // namespace baton
 
 using namespace baton;
+
+void baton_argmax(BatonPool* pool, int32_t type, const void* logits, int64_t count, int64_t vocabulary, int64_t* tokens) {
+    pool->run(count, [&](long i) {
+        if (type)
+            tokens[i] = argmax(static_cast<const BFloat16*>(logits) + i * vocabulary, vocabulary);
+        else
+            tokens[i] = argmax(static_cast<const float*>(logits) + i * vocabulary, vocabulary);
+    });
+}
 
 void baton_draw(BatonPool* pool, const float* logits, int64_t count, int64_t vocabulary, const BatonDraw* how, int64_t* tokens) {
     pool->run(count, [&](long i) { tokens[i] = draw(logits + i * vocabulary, vocabulary, how[i]); });

@@ -90,6 +90,14 @@ inline void narrow_some(f32x16 x, T* to, int count) {
     std::memcpy(to, some, count * sizeof(T));
 }
 
+// x as T can hold it.
+template <class T>
+inline f32x16 rounded(f32x16 x) {
+    T some[16];
+    narrow16(x, some);
+    return widen16(some);
+}
+
 inline float sum(f32x16 x) {
     float lanes[16];
     store(lanes, x);

@@ -12,10 +12,10 @@ import pytest
 import torch
 from baton.engine import loader
 from baton.engine.random_model import Shape, make_model
-from baton.kernels.cpu import CpuAttention
+from baton.kernels.cpu import CpuAttention, CpuLinear
 from baton.kernels.table import KERNELS, Kernels
 from engine_rig import BASE_TOKENS, Rig, Truth, WrongOutput
-from stopwatch import ATTENTION, LINEAR, Stopwatch
+from stopwatch import ATTENTION, GATED, LINEAR, Stopwatch
 
 CONTEXTS = [(0, 300), (1, 352), (0, 331)]
 
@@ -82,12 +82,22 @@ class _Swapped(_Zeros):
         return mixed.flip(0) if qkv.shape[0] == len(CONTEXTS) else mixed
 
 
+class _OtherGate(CpuLinear):
+    def gated(self, activation: str, x: torch.Tensor) -> torch.Tensor:
+        return super().gated("gelu_tanh", x)
+
+
+class _NoNumber(CpuLinear):
+    def gated(self, activation: str, x: torch.Tensor) -> torch.Tensor:
+        return super().gated(activation, x) * float("nan")
+
+
 GOOD = KERNELS["cpu"]
 BROKEN = {
     "no attention": replace(GOOD, attention=_Zeros),
     "rows swapped": replace(GOOD, attention=_Swapped),
-    "another activation": replace(GOOD, silu_mul=GOOD.gelu_mul),
-    "nan": replace(GOOD, silu_mul=lambda x: GOOD.silu_mul(x) * float("nan")),
+    "another activation": replace(GOOD, linear=_OtherGate),
+    "nan": replace(GOOD, linear=_NoNumber),
 }
 
 
@@ -119,6 +129,6 @@ def test_the_stopwatch_sees_every_step(model: Path, bases: list[list[int]], trut
     truth.check("decode", sample.rows)
     assert len(watch.forwards) == 3
     for step, forward in zip(sample.steps, watch.forwards, strict=True):
-        assert {ATTENTION, LINEAR, "add_rms_norm", "silu_mul"} <= forward.kernels.keys()
+        assert {ATTENTION, LINEAR, GATED, "add_rms_norm"} <= forward.kernels.keys()
         assert sum(forward.kernels.values()) < forward.ended - forward.began < step.device
         assert step.submitted < forward.began

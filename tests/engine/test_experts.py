@@ -15,7 +15,7 @@ from baton.engine.experts_config import ExpertsConfig
 from baton.engine.loader import load_config, load_model
 from baton.engine.model.experts import Expert, RoutedMLP
 from baton.engine.parallel import ParallelContext
-from baton.kernels.reference import silu_mul
+from baton.kernels.reference import GATES, silu_mul
 from baton.tests.engine.model_rig import ThreadedContext
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -31,6 +31,9 @@ class RowLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.stack([self.weight @ row for row in x]) if len(x) else x.new_empty(0, len(self.weight))
+
+    def gated(self, activation: str, x: Tensor) -> Tensor:
+        return GATES[activation](self(x))
 
     def rows(self, index: Tensor) -> Tensor:
         return self.weight[index]
@@ -49,7 +52,7 @@ def make_mlp(num_chosen: int = 2, normalized: bool = True, parallel: ParallelCon
     for _ in range(EXPERTS):
         gate, up, down = random_weight(INNER, HIDDEN), random_weight(INNER, HIDDEN), random_weight(HIDDEN, INNER)
         experts.append(Expert(RowLinear(torch.cat([gate[columns], up[columns]])), RowLinear(down[:, columns])))
-    return RoutedMLP(RowLinear(random_weight(EXPERTS, HIDDEN)), tuple(experts), silu_mul, num_chosen, normalized, parallel)
+    return RoutedMLP(RowLinear(random_weight(EXPERTS, HIDDEN)), tuple(experts), "silu", num_chosen, normalized, parallel)
 
 
 def one_by_one(mlp: RoutedMLP, x: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ def test_experts_without_tokens_are_not_run() -> None:
 
     idle = Expert(Idle(torch.empty(0)), Idle(torch.empty(0)))
     experts = tuple(expert if index in used else idle for index, expert in enumerate(mlp.experts))
-    alone = RoutedMLP(mlp.router, experts, silu_mul, mlp.num_chosen, mlp.normalized, mlp.parallel)
+    alone = RoutedMLP(mlp.router, experts, "silu", mlp.num_chosen, mlp.normalized, mlp.parallel)
     assert torch.equal(alone(x), mlp(x))
 
 
@@ -93,7 +96,7 @@ def test_experts_without_tokens_are_not_run() -> None:
 def test_a_token_does_not_depend_on_the_other_tokens(dtype: torch.dtype) -> None:
     mlp = make_mlp(num_chosen=4)
     experts = tuple(Expert(RowLinear(e.gate_up.weight.to(dtype)), RowLinear(e.down.weight.to(dtype))) for e in mlp.experts)
-    mlp = RoutedMLP(RowLinear(mlp.router.weight.to(dtype)), experts, silu_mul, 4, True, mlp.parallel)
+    mlp = RoutedMLP(RowLinear(mlp.router.weight.to(dtype)), experts, "silu", 4, True, mlp.parallel)
     x = torch.randn(40, HIDDEN).to(dtype)
     alone = torch.cat([mlp(x[i : i + 1]) for i in range(40)])
     rng = random.Random(2)
