@@ -1,0 +1,75 @@
+"""What a step asks of a device, in the few numbers that its time depends on, and who turns them into seconds.
+
+A `StepShape` is made of a `StepPlan` alone: the same plan has the same shape whatever hardware prices it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..core.step import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """Rows that feed more than one token, or the whole of a short prompt, are prefill; the others are decode.
+
+    prefill_rows      rows that prefill
+    prefill_tokens    tokens that they feed (the sum of l)
+    prefill_pairs     pairs of a fed token and a token that it attends to, over all prefill rows (for whole prompts about
+                      half the sum of l^2; chunks and prefix hits count what they really attend to)
+    prefill_context   tokens whose KV the prefill rows read or write: the sum of their ends
+    decode_rows       rows that feed the one token that their sequence sampled last
+    decode_context    tokens whose KV those read: the sum of their ends
+    sampled           rows that are sampled from: each needs logits over the vocabulary
+    """
+
+    prefill_rows: int = 0
+    prefill_tokens: int = 0
+    prefill_pairs: int = 0
+    prefill_context: int = 0
+    decode_rows: int = 0
+    decode_context: int = 0
+    sampled: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prefill_tokens + self.decode_rows
+
+
+def shape_of(plan: StepPlan) -> StepShape:
+    """The shape of a plan."""
+    prefill_rows = prefill_tokens = prefill_pairs = prefill_context = decode_rows = decode_context = sampled = 0
+    for row in plan.rows:
+        fed, end = row.num_tokens, row.end
+        sampled += row.sample
+        if fed == 1 and row.output_index > 0:
+            decode_rows += 1
+            decode_context += end
+        else:
+            prefill_rows += 1
+            prefill_tokens += fed
+            prefill_pairs += fed * row.start + fed * (fed + 1) // 2
+            prefill_context += end
+    return StepShape(prefill_rows, prefill_tokens, prefill_pairs, prefill_context, decode_rows, decode_context, sampled)
+
+
+class StepCost(Protocol):
+    """Prices the steps of one worker: one model on one kind of device with one tensor and pipeline parallelism.
+
+    Pure: the same question has the same answer. With `stages` > 1 every answer is the seconds of one pipeline stage;
+    a step takes `stages` of them end to end, and the next step may enter as soon as the first stage is free.
+    """
+
+    @property
+    def stages(self) -> int: ...
+
+    def seconds(self, shape: StepShape) -> float:
+        """Seconds of one step (of one of its stages), above 0."""
+        ...
+
+    def decode_seconds(self, rows: int, context: int, steps: int) -> float:
+        """Seconds of `steps` decode-only steps in a row of the same `rows` sequences: the first reads the KV of `context`
+        tokens, each later one of `rows` tokens more. Equals the sum of `seconds` over them."""
+        ...
