@@ -15,7 +15,8 @@ from unittest import mock
 from baton.engine import loader
 from baton.engine.model.interface import CausalModel
 from baton.kernels.batch import AttentionSpec, RowSpan
-from baton.kernels.table import Kernels, Linear, PagedAttention
+from baton.kernels.interface import Linear, PagedAttention
+from baton.kernels.table import Kernels, no_stack
 from torch import Tensor
 
 FORWARD, ATTENTION_SETUP, ATTENTION, LINEAR, GATED = "forward", "attention's set-up", "attention", "linears", "linears with gates"
@@ -83,9 +84,9 @@ def _stopped(kernels: Kernels, watch: Stopwatch) -> Kernels:
     others = {
         item.name: around(item.name, getattr(kernels, item.name))
         for item in fields(kernels)
-        if item.name not in ("attention", "linear", "argmax", "draw") and callable(getattr(kernels, item.name))
+        if item.name not in ("attention", "linear", "argmax", "draw", "stack") and callable(getattr(kernels, item.name))
     }
-    return replace(kernels, attention=attention, linear=linear, **others)
+    return replace(kernels, attention=attention, linear=linear, stack=no_stack, **others)  # layers whose parts can be timed
 
 
 class _Around:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels.batch import AttentionSpec
-from ..kernels.table import Kernels, Linear, PagedAttention
+from ..kernels.interface import Linear, PagedAttention
+from ..kernels.table import Kernels
 from .checkpoint import Checkpoint
 from .model.config import ModelConfig
 from .parallel import ParallelContext

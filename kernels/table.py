@@ -5,43 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
 from ..core.errors import Unavailable
 from . import cpu, native, reference
-from .batch import AttentionSpec, DrawSpec, RowSpan
+from .batch import DrawSpec, RowSpan
+from .interface import LayerParts, LayerStack, Linear, PagedAttention
 
 logger = logging.getLogger("baton.kernels")
 
 
-class PagedAttention(Protocol):
-    """Attention of one step over the paged cache; made once per step, run once per layer."""
-
-    def run(self, layer: int, qkv: Tensor, spec: AttentionSpec, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Rotate, store the new keys and values of `layer`, then attend.
-
-        qkv [T, H + 2K, D], query, key and value heads of every packed token, may be overwritten; turn is cos and
-        sin [T, D / 2] of the tokens' positions, None for models without rotary positions. Returns [T, H * D].
-        """
-        ...
-
-
-class Linear(Protocol):
-    """A weight in whatever order suits the device. Made from weight [outputs, inputs] and bias [outputs] or None."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """y = x W' + b: [T, inputs] -> [T, outputs]."""
-        ...
-
-    def gated(self, activation: str, x: Tensor) -> Tensor:
-        """activation(first half of y) * second half: [T, inputs] -> [T, outputs / 2]; one of `reference.GATES`."""
-        ...
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Rows of the weight, for a head that is also the embedding: index int64 [T] -> [T, inputs]."""
-        ...
+def no_stack(layers: Sequence[LayerParts], eps: float) -> None:
+    """For backends that gain nothing by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +26,7 @@ class Kernels:
 
     attention  from the pool kv[N, L, 2, K, S, D] and the rows of a step
     linear     takes over weight and bias: the caller drops its own, so that no weight is held twice
+    stack      layers and the eps of all their norms, where the backend runs such layers faster in one go; else None
     """
 
     attention: Callable[[Tensor, Sequence[RowSpan]], PagedAttention]
@@ -58,6 +35,7 @@ class Kernels:
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     argmax: Callable[[Tensor], Tensor]
     draw: Callable[[Tensor, Sequence[DrawSpec]], Tensor]
+    stack: Callable[[Sequence[LayerParts], float], LayerStack | None] = no_stack
 
 
 KERNELS: dict[str, Kernels] = {
@@ -98,4 +76,5 @@ def make_kernels(name: str, threads: int = 1, deterministic: bool = False) -> Ke
         library.add_rms_norm,
         library.argmax,
         library.draw,
+        library.stack,
     )

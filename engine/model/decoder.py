@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ...kernels.table import Kernels, PagedAttention
-from ..layers import Embedding, GatedMLP, Map, Normed, Scaled, SelfAttention, Softcapped, Weights
+from ...kernels.interface import LayerParts, LayerStack, PagedAttention
+from ...kernels.table import Kernels
+from ..layers import Embedding, GatedMLP, Map, Normed, RowLinear, Scaled, SelfAttention, Softcapped, Weights
 from ..parallel import ParallelContext
 from ..rotary import RotaryTable, rotary_table
 from .config import ModelConfig
@@ -40,7 +42,10 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A loaded model; see `interface.CausalModel`."""
+    """A loaded model; see `interface.CausalModel`.
+
+    stack  all layers but the last, where the kernels run them in one go
+    """
 
     config: ModelConfig
     parallel: ParallelContext
@@ -51,6 +56,7 @@ class Decoder:
     layers: tuple[DecoderLayer, ...]
     norm: Tensor  # [E]
     head: Map  # E -> V
+    stack: LayerStack | None
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: PagedAttention, sampled: Tensor) -> Tensor:
         """Run one step: tokens, positions [T]; sampled [R] -> logits [R, V]."""
@@ -59,7 +65,10 @@ class Decoder:
         turns = [table.at(positions) for table in self.rotary]
         last = len(self.layers) - 1
         normed = kernels.rms_norm(x, self.layers[0].attention_norm, eps)
-        for index, layer in enumerate(self.layers):
+        if self.stack is not None:
+            self.stack.run(x, normed, attention, turns)
+        for index in range(0 if self.stack is None else last, last + 1):
+            layer = self.layers[index]
             mixed = layer.attention.mix(index, normed, attention, turns[layer.rotary])  # [T, H * D]
             if index == last and sampled.shape[0] < tokens.shape[0]:
                 # The KV of the last layer is stored; beyond that, only tokens that are sampled from matter.
@@ -119,6 +128,7 @@ class DecoderLoader:
     def load(self, config: ModelConfig, weights: Weights, max_model_len: int) -> Decoder:
         ropes = [rope for rope in (config.rope, config.local_rope) if rope is not None]
         embedding, head = _embedding_and_head(config, weights)
+        layers = tuple(self._layer(config, weights, index) for index in range(config.num_layers))
         return Decoder(
             config=config,
             parallel=weights.parallel,
@@ -126,9 +136,10 @@ class DecoderLoader:
             max_model_len=max_model_len,
             embedding=embedding,
             rotary=tuple(rotary_table(rope, config.head_dim, max_model_len, weights.dtype) for rope in ropes),
-            layers=tuple(self._layer(config, weights, index) for index in range(config.num_layers)),
+            layers=layers,
             norm=weights.norm("model.norm", config.hidden_size, config.norm_offset),
             head=head,
+            stack=_stack(config, weights, layers),
         )
 
     def _layer(self, config: ModelConfig, weights: Weights, index: int) -> DecoderLayer:
@@ -171,6 +182,32 @@ def _norm_names(config: ModelConfig) -> tuple[str, ...]:
     if config.output_norms:
         return "input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"
     return "input_layernorm", "post_attention_layernorm"
+
+
+def _stack(config: ModelConfig, weights: Weights, layers: tuple[DecoderLayer, ...]) -> LayerStack | None:
+    """All layers but the last, if they are of the common kind. The last one stays apart: most tokens leave in its middle."""
+    parts = []
+    for layer, following in pairwise(layers):
+        attention, mlp = layer.attention, layer.mlp
+        if weights.parallel.size > 1 or not (isinstance(attention.output, RowLinear) and isinstance(mlp, GatedMLP)):
+            return None
+        norms = None if attention.norms is None else (attention.norms.query, attention.norms.key)
+        parts.append(
+            LayerParts(
+                qkv=attention.qkv.linear,
+                output=attention.output.linear,
+                head_dim=attention.head_dim,
+                head_norms=norms,
+                spec=attention.spec,
+                turn=layer.rotary,
+                mlp_norm=layer.mlp_norm,
+                gate_up=mlp.gate_up.linear,
+                activation=mlp.activation,
+                down=mlp.down.linear,
+                next_norm=following.attention_norm,
+            )
+        )
+    return weights.kernels.stack(parts, config.norm_eps) if parts else None
 
 
 def _embedding_and_head(config: ModelConfig, weights: Weights) -> tuple[Map, Map]:

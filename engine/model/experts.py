@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InternalError
-from ...kernels.table import Linear
+from ...kernels.interface import Linear
 from ..experts_config import ExpertsConfig
 from ..layers import Map, Weights
 from ..parallel import ParallelContext

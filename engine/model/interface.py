@@ -6,7 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ...kernels.table import Kernels, PagedAttention
+from ...kernels.interface import PagedAttention
+from ...kernels.table import Kernels
 from ..layers import Weights
 from ..parallel import ParallelContext
 from .config import ModelConfig

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...kernels.table import Kernels, Linear, PagedAttention
+from ...kernels.interface import Linear, PagedAttention
+from ...kernels.table import Kernels
 from ..layers import ColumnLinear, Embedding, Map, RowLinear, SelfAttention, Weights
 from ..parallel import ParallelContext
 from .config import ModelConfig

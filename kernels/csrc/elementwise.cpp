@@ -53,6 +53,26 @@ void rms_norm(Pool& pool, const T* x, long x_stride, const T* delta, const T* we
 }
 
 template <class T>
+void head_norms(Pool& pool, T* qkv, long tokens, long heads, long kv_heads, long head_dim, const T* query_norm, const T* key_norm, float eps) {
+    const long row = (heads + 2 * kv_heads) * head_dim;
+    share_rows(pool, tokens, row, [&](long begin, long end) {
+        for (long t = begin; t < end; ++t)
+            for (long head = 0; head < heads + kv_heads; ++head) {
+                T* at = qkv + t * row + head * head_dim;
+                const T* weight = head < heads ? query_norm : key_norm;
+                f32x16 squares = {};
+                for (long i = 0; i < head_dim; i += 16) {
+                    f32x16 value = widen_at(at + i, head_dim - i);
+                    squares += value * value;
+                }
+                const float inverse = 1.0f / std::sqrt(sum(squares) / static_cast<float>(head_dim) + eps);
+                for (long i = 0; i < head_dim; i += 16)
+                    narrow_at(widen_at(at + i, head_dim - i) * inverse * widen_at(weight + i, head_dim - i), at + i, head_dim - i);
+            }
+    });
+}
+
+template <class T>
 void gated(Pool& pool, int activation, const T* gate_up, long tokens, long inner, T* out) {
     share_rows(pool, tokens, 2 * inner, [&](long begin, long end) {
         for (long t = begin; t < end; ++t) {
@@ -80,6 +100,18 @@ void baton_rms_norm(BatonPool* pool, int32_t type, const void* x, int64_t x_stri
     using T = float;
     rms_norm(*pool, static_cast<const T*>(x), x_stride, static_cast<const T*>(delta), static_cast<const T*>(weight), eps,
              tokens, size, static_cast<T*>(total), static_cast<T*>(out));
+}
+
+void baton_head_norms(BatonPool* pool, int32_t type, void* qkv, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                      const void* query_norm, const void* key_norm, float eps) {
+    if (type) {
+        using T = BFloat16;
+        return head_norms(*pool, static_cast<T*>(qkv), tokens, heads, kv_heads, head_dim, static_cast<const T*>(query_norm),
+                          static_cast<const T*>(key_norm), eps);
+    }
+    using T = float;
+    head_norms(*pool, static_cast<T*>(qkv), tokens, heads, kv_heads, head_dim, static_cast<const T*>(query_norm),
+               static_cast<const T*>(key_norm), eps);
 }
 
 void baton_gated(BatonPool* pool, int32_t type, int32_t activation, const void* gate_up, int64_t tokens, int64_t inner, void* out) {

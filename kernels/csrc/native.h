@@ -34,6 +34,9 @@ void baton_gated_linear(BatonPool* pool, int32_t type, int32_t activation, const
 // `x_stride` is the number of elements from one row of x to the next.
 void baton_rms_norm(BatonPool* pool, int32_t type, const void* x, int64_t x_stride, const void* delta, const void* weight,
                     float eps, int64_t tokens, int64_t size, void* total, void* out);
+// Norms each query head and each key head of qkv [T, H + 2K, D] alone, in place; query_norm, key_norm [D].
+void baton_head_norms(BatonPool* pool, int32_t type, void* qkv, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                      const void* query_norm, const void* key_norm, float eps);
 // out [T, F] = activation(first half of the row) * second half; gate_up [T, 2F].
 void baton_gated(BatonPool* pool, int32_t type, int32_t activation, const void* gate_up, int64_t tokens, int64_t inner, void* out);
 
@@ -64,6 +67,43 @@ struct BatonLayer {
 // Words of scratch that a packed row takes whose cache holds `context` tokens after the step.
 int64_t baton_packed_row_words(int32_t type, int64_t context, int64_t kv_heads, int64_t head_dim);
 void baton_attention(const BatonStep* step, const BatonLayer* layer);
+
+// A packed linear.
+struct BatonWeight {
+    const uint32_t* packed;
+    const void* bias;  // null for none
+    int64_t inputs, outputs;
+};
+
+// Attention and a gated MLP, each behind a norm. `turn` is which of the step's rotary tables it uses.
+struct BatonDecoderLayer {
+    BatonWeight qkv, output, gate_up, down;  // gate_up: outputs / 2 must be a multiple of 64
+    const void *query_norm, *key_norm;       // [D], or null
+    const void *mlp_norm, *next_norm;        // [E]: before the MLP, and before what follows this layer
+    int64_t heads, window;
+    float scale, softcap;
+    int32_t turn, activation;
+};
+
+// Layers 0 .. num_layers - 1 of a model.
+struct BatonStack {
+    const BatonDecoderLayer* layers;
+    int64_t num_layers, size;
+    float eps;
+};
+
+struct BatonTurn {
+    const void *cosine, *sine;  // [T, D / 2], or null
+};
+
+// x [T, E] and its norm by the first layer's attention norm come in; the last layer's x and its norm by `next_norm` come out.
+struct BatonBuffers {
+    void *x, *normed;          // [T, E]
+    void *qkv, *mixed, *inner;  // [T, H + 2K, D], [T, H * D], [T, F], for the largest of the layers
+    int64_t tokens;
+};
+
+void baton_stack(const BatonStack* stack, const BatonStep* step, const BatonTurn* turns, const BatonBuffers* to);
 
 // tokens[i] = the lowest index of the largest of logits[i], [count, vocabulary]; 0 where there is none but NaN.
 void baton_argmax(BatonPool* pool, int32_t type, const void* logits, int64_t count, int64_t vocabulary, int64_t* tokens);

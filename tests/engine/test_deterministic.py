@@ -20,7 +20,7 @@ from baton.kernels.native_build import COMPILERS
 from baton.policy.ordering import ORDERING
 
 BLOCK = 8
-SHAPE = Shape(hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=96, vocab_size=300, head_dim=32)
+SHAPE = Shape(hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=128, vocab_size=300, head_dim=32)
 PROMPT = tuple(3 + i * 7 % 250 for i in range(53))
 SAMPLING = SamplingParams(temperature=1.3, top_p=0.95, seed=11, max_tokens=24, logprobs=3)
 Served = list[tuple[int, TokenLogprob]]

@@ -18,7 +18,8 @@ from baton.engine.executor import Executor, TorchExecutor
 from baton.engine.loader import load_model
 from baton.engine.model.interface import CausalModel
 from baton.engine.random_model import Shape, make_model
-from baton.kernels.table import Kernels, PagedAttention
+from baton.kernels.interface import PagedAttention
+from baton.kernels.table import Kernels
 from torch import Tensor
 
 LIMIT, BLOCK, NUM_BLOCKS = 64, 8, 20

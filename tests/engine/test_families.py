@@ -43,7 +43,7 @@ LIMIT, WINDOW = 96, 20
 SIZES: dict[str, object] = {
     "vocab_size": 128,
     "hidden_size": 64,
-    "intermediate_size": 80,
+    "intermediate_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -13,8 +13,9 @@ from baton.core.errors import Unavailable
 from baton.kernels import cpu, native_build, reference
 from baton.kernels.batch import AttentionSpec, DrawSpec, RowSpan
 from baton.kernels.cpu import CpuLinear
-from baton.kernels.native import NativeAttention, NativeLibrary, NativeLinear
+from baton.kernels.native import NativeLibrary
 from baton.kernels.native_build import build_native
+from baton.kernels.native_parts import NativeAttention, NativeLinear
 from baton.kernels.table import KERNELS, make_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
