@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..core.errors import ModelError, Unavailable
-from ..kernels import native
+from ..kernels.native_abi import TYPES
 from ..kernels.table import make_kernels
 from .layers import Weights
 from .model.decoder import DecoderLoader
@@ -63,7 +63,7 @@ def load_model(
         raise ModelError(f"max_model_len is {max_model_len}; {path / 'config.json'} allows 1 to {limit} positions")
     if parallel.pipeline_size > 1:
         raise ModelError(f"pipeline_parallel is {parallel.pipeline_size}; models run in one stage: set it to 1")
-    if deterministic and weights_dtype not in native.TYPES:
+    if deterministic and weights_dtype not in TYPES:
         raise ModelError(f"deterministic results are not to be had in {dtype}; use bfloat16 or float32")
     loader = LOADERS[config.family]
     checkpoint = open_checkpoint(path, config.quantization)

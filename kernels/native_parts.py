@@ -148,7 +148,7 @@ class NativeStack:
         tokens = x.shape[0]
         qkv, mixed, inner = (x.new_empty((tokens, width)) for width in (self._qkv, self._mixed, self._inner))
         tables = [None if turn is None else [part.to(x.dtype).contiguous() for part in turn] for turn in turns]
-        pointers = (Turns * len(tables))(*((None, None) if t is None else (t[0].data_ptr(), t[1].data_ptr()) for t in tables))
+        pointers = (Turns * len(tables))(*(Turns(*(part.data_ptr() for part in table or ())) for table in tables))
         buffers = Buffers(*(tensor.data_ptr() for tensor in (x, normed, qkv, mixed, inner)), tokens)
         self._call(byref(self._stack), byref(attention.step), pointers, byref(buffers))
 
