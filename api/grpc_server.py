@@ -79,7 +79,9 @@ class InferenceFace(rpc.InferenceServicer):
             generation.cancel()
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
-        return pb.AbortResponse(found=self._service.abort(request.request_id))
+        name = request.request_id
+        found = self._service.abort(name) or (not request.only_here and await self._service.peers.abort(name))
+        return pb.AbortResponse(found=found)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         model = self._model
@@ -172,10 +174,10 @@ class HealthFace:
             await self._servicer.set(name, status)
 
 
-def build_server(face: InferenceFace, health_face: HealthFace) -> grpc.aio.Server:
-    """A server with every public service; not bound, not started."""
+def build_server(face: InferenceFace, health_face: HealthFace, shares_port: bool = False) -> grpc.aio.Server:
+    """A server with every public service; not bound, not started. A taken port is an error, unless it is to be shared."""
     options = (
-        ("grpc.so_reuseport", 0),  # a taken port is an error
+        ("grpc.so_reuseport", int(shares_port)),
         ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
         ("grpc.max_send_message_length", -1),
     )

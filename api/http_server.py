@@ -70,6 +70,7 @@ class HttpFace:
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._render_metrics),
+            Route("/metrics/targets", self._targets),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._one_model),
             Route("/v1/completions", self._completions, methods=["POST"]),
@@ -90,6 +91,13 @@ class HttpFace:
 
     async def _render_metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    async def _targets(self, request: Request) -> JSONResponse:
+        """Where each router's own metrics are, as Prometheus discovers targets over HTTP (`http_sd_configs`)."""
+        routers = self._service.peers.routers
+        return JSONResponse(
+            [{"targets": [router.http_address], "labels": {"router": router.worker.worker_id}} for router in routers]
+        )
 
     async def _models(self, request: Request) -> JSONResponse:
         return JSONResponse(model_list(self._model, self._created))
@@ -270,9 +278,9 @@ class EventStream(Response):
 
 
 class HttpServer:
-    """uvicorn on a socket of ours, without its signal handlers and its ten wake-ups a second."""
+    """uvicorn on sockets of ours, without its signal handlers and its ten wake-ups a second."""
 
-    def __init__(self, app: Starlette, listener: socket.socket) -> None:
+    def __init__(self, app: Starlette, listeners: Sequence[socket.socket]) -> None:
         config = uvicorn.Config(
             app,
             http=ImpatientProtocol,
@@ -283,11 +291,11 @@ class HttpServer:
             timeout_graceful_shutdown=1,
         )
         self._server = _QuietServer(config)
-        self._listener = listener
+        self._listeners = list(listeners)
 
     async def serve(self) -> None:
         """Until `stop`."""
-        await self._server.serve(sockets=[self._listener])
+        await self._server.serve(sockets=self._listeners)
 
     def stop(self) -> None:
         self._server.stop()

@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from ..core.errors import Unavailable
+from ..simulator.workload.planned import PlannedRequest
 from .metrics import percentile
 from .records import LoadProgress, LoadResult, RequestRecord
-from .workload import PlannedRequest
 
 OnProgress = Callable[[LoadProgress], None]
 REPORT_INTERVAL = 0.25

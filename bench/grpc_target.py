@@ -13,9 +13,9 @@ import grpc.aio
 from ..client.client import AsyncClient
 from ..core.errors import BatonError, Unavailable
 from ..proto import inference_pb2 as pb
+from ..simulator.workload.planned import PlannedRequest
 from .driver import Exchange, RequestFailed
 from .prompts import PromptSource
-from .workload import PlannedRequest
 
 
 @dataclass(frozen=True, slots=True)

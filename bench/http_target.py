@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 import httpx
 
 from ..core.errors import InvalidRequest, Unavailable
+from ..simulator.workload.planned import PlannedRequest
 from .driver import Exchange, RequestFailed
 from .prompts import PromptSource
 from .sse import BadResponse, EventSplitter, ResponseParser
-from .workload import PlannedRequest
 
 DIAL_TIMEOUT = 10.0
 MAX_ERROR_BYTES = 64 << 10

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.slo import Slo
+from ..observability.svg import WIDE, Plot, Scale, fitting_scale
 from .metrics import met
 from .records import LoadResult, RequestRecord
-from .svg import WIDE, Plot, Scale, fitting_scale
 
 NUM_BINS = 48
 MAX_LIFELINES = 300

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .traces import BLOCK_TOKENS
-from .workload import PlannedRequest
+from ..simulator.workload.planned import PlannedRequest
+from ..simulator.workload.traces import BLOCK_TOKENS
 
 # Common words that most tokenizers hold as one token with the space before them.
 _WORD_LIST = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -20,6 +20,16 @@ Setting = str | int | float | bool | None
 Settings = Mapping[str, Setting]
 Fact = tuple[str, str]
 """A name and a value, as the report prints them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A table with a heading and a sentence above it; the first cell of a row is its name."""
+
+    title: str
+    note: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
 def write_json(path: Path, result: LoadResult, summary: Summary, slo: Slo, settings: Settings) -> None:
@@ -51,8 +61,9 @@ def write_html(
     *,
     title: str = "Baton bench",
     facts: Sequence[Fact] = (),
+    sections: Sequence[Section] = (),
 ) -> None:
-    """`facts` are more rows for the table of figures. Makes missing folders."""
+    """`facts` are more rows for the table of figures, `sections` stand before the plots. Makes missing folders."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["seconds"] = seconds
@@ -64,6 +75,7 @@ def write_html(
         distributions=distributions(summary),
         settings={name: value for name, value in settings.items() if value is not None},
         facts=facts,
+        sections=sections,
         figures=[(figure, Markup(figure.svg)) for figure in figures(result, slo)],
         warning=client_warning(summary, slo),
         failures=[record for record in result.records if not record.ok][:20],

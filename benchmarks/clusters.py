@@ -12,12 +12,12 @@ from pathlib import Path
 
 from baton.bench.driver import Exchange
 from baton.bench.grpc_target import GrpcTarget
-from baton.bench.workload import PlannedRequest
 from baton.core.slo import Slo
 from baton.core.topology import KvTransferSpec, ModelSpec, PoolSpec, RouterSpec, Topology
 from baton.core.view import Role
 from baton.deploy.cluster import ClusterStatus, running_cluster
 from baton.engine.random_model import make_model
+from baton.simulator.workload.planned import PlannedRequest
 
 SLO = Slo(ttft=1.0, tpot=0.05, attainment=0.9)
 

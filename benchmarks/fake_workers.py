@@ -50,6 +50,7 @@ def token_at(index: int) -> int:
 class Row:
     """One sequence at a worker."""
 
+    router: str
     attempt: bytes  # serialised, as field 1 of what is said of it
     max_tokens: int
     key: bytes
@@ -60,8 +61,22 @@ class Row:
     landed: bool = False
 
 
+class Link:
+    """What a worker knows of one router: the sequences it asked for, and what is to be said to it."""
+
+    def __init__(self) -> None:
+        self.rows: dict[bytes, Row] = {}
+        self.running: dict[bytes, Row] = {}  # those that a decode step advances
+        self.outgoing: asyncio.Queue[bytes] = asyncio.Queue()
+
+    @property
+    def can_step(self) -> bool:
+        """It has something to run, and has taken what was sent before."""
+        return bool(self.running) and self.outgoing.qsize() <= 1
+
+
 class FakeWorker:
-    """A worker of one role. It serves one router at a time."""
+    """A worker of one role. Every router has a link of its own; a router that dials again begins anew."""
 
     def __init__(self, cluster: FakeCluster, role: Role, worker_id: str) -> None:
         self._cluster = cluster
@@ -69,10 +84,8 @@ class FakeWorker:
         self._role = role
         self.worker_id = worker_id
         self.address = ""
-        self._rows: dict[bytes, Row] = {}  # all it knows
-        self._running: dict[bytes, Row] = {}  # those that a decode step advances
+        self._links: dict[str, Link] = {}  # by router
         self._fresh: list[Row] = []  # to be prefilled
-        self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         self._work = asyncio.Event()
         self._server: grpc.aio.Server | None = None
         self._steps: asyncio.Task[None] | None = None
@@ -98,30 +111,29 @@ class FakeWorker:
 
     def land(self, row: Row) -> None:
         """The KV of a sequence that was prefilled elsewhere is here."""
-        mine = self._rows.get(row.key)
+        link = self._links[row.router]
+        mine = link.rows.get(row.key)
         if mine is not None:
             mine.landed = True
-            self._outgoing.put_nowait(_field(4, row.attempt))
-            self._running[mine.key] = mine
+            link.outgoing.put_nowait(_field(4, row.attempt))
+            link.running[mine.key] = mine
             self._work.set()
 
     # ---- service ---------------------------------------------------------------------------------
 
     async def _control(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        await anext(messages)
-        self._rows.clear()
-        self._running.clear()
-        self._outgoing = asyncio.Queue()
-        reader = asyncio.create_task(self._read(messages))
+        router = pb.RouterMessage.FromString(await anext(messages)).hello.router_id
+        link = self._links[router] = Link()
+        reader = asyncio.create_task(self._read(router, messages))
         hello = pb.WorkerHello(worker=self._id(), role=self._role, block_size=BLOCK_SIZE, total_blocks=TOTAL_BLOCKS, pid=1)
         yield pb.WorkerMessage(hello=hello).SerializeToString()
         try:
             while True:
-                message = await self._outgoing.get()
+                message = await link.outgoing.get()
                 await asyncio.sleep(0)
                 more = []
-                while not self._outgoing.empty():
-                    more.append(_field(MORE, self._outgoing.get_nowait()))
+                while not link.outgoing.empty():
+                    more.append(_field(MORE, link.outgoing.get_nowait()))
                 yield message + b"".join(more)
         finally:
             reader.cancel()
@@ -129,68 +141,67 @@ class FakeWorker:
     async def _heartbeats(self, request: bytes, context: Context) -> AsyncIterator[bytes]:
         beat = pb.Heartbeat(step=1, prefill_rate=1e6, decode_step=0.001, free_blocks=TOTAL_BLOCKS, total_blocks=TOTAL_BLOCKS)
         while True:
-            beat.num_running = len(self._running)
+            beat.num_running = sum(len(link.running) for link in self._links.values())
             yield beat.SerializeToString()
             await asyncio.sleep(0.5)
 
-    async def _read(self, messages: AsyncIterator[bytes]) -> None:
+    async def _read(self, router: str, messages: AsyncIterator[bytes]) -> None:
         async for data in messages:
             first = pb.RouterMessage.FromString(data)
             for message in (first, *first.more):
-                self._handle(message)
+                self._handle(router, self._links[router], message)
 
-    def _handle(self, message: pb.RouterMessage) -> None:
+    def _handle(self, router: str, link: Link, message: pb.RouterMessage) -> None:
         match message.WhichOneof("body"):
             case "submit":
-                row = self._row(message.submit.sequence)
+                row = _row(router, link, message.submit.sequence)
                 row.target = message.submit.target.worker_id
                 if not self._fresh:
                     asyncio.get_running_loop().call_soon(self._prefill, time.monotonic())
                 self._fresh.append(row)
             case "reserve":
-                row = self._row(message.reserve.sequence)
+                row = _row(router, link, message.reserve.sequence)
                 row.position = 1
-                self._outgoing.put_nowait(_field(3, row.attempt + _field(2, TICKET)))
+                link.outgoing.put_nowait(_field(3, row.attempt + _field(2, TICKET)))
             case "grant":
-                known = self._rows.get(message.grant.attempt.SerializeToString())
+                known = link.rows.get(message.grant.attempt.SerializeToString())
                 if known is not None:
                     known.granted = True
                     self._hand_over(known)
             case "abort":
                 key = message.abort.attempt.SerializeToString()
-                self._rows.pop(key, None)
-                self._running.pop(key, None)
-
-    def _row(self, spec: pb.SequenceSpec) -> Row:
-        key = spec.attempt.SerializeToString()
-        row = self._rows[key] = Row(_field(1, key), spec.sampling.max_tokens, key)
-        return row
+                link.rows.pop(key, None)
+                link.running.pop(key, None)
 
     # ---- steps -----------------------------------------------------------------------------------
 
     def _prefill(self, began: float) -> None:
         """One step over everything that has come meanwhile."""
         rows, self._fresh = self._fresh, []
-        sequences = []
+        batches: dict[str, list[bytes]] = {}
         computing = pb.SequenceTokens(computing=time.monotonic() - began).SerializeToString()
         for row in rows:
-            sequences.append(_field(2, row.attempt + self._cluster.tail(0, row.max_tokens) + computing))
+            sequence = _field(2, row.attempt + self._cluster.tail(0, row.max_tokens) + computing)
+            batches.setdefault(row.router, []).append(sequence)
             row.position, row.prefilled = 1, True
             self._pace.sent += 1
-        self._outgoing.put_nowait(_field(2, b"".join(sequences)))
+        for router, sequences in batches.items():
+            self._links[router].outgoing.put_nowait(_field(2, b"".join(sequences)))
         for row in rows:
+            link = self._links[row.router]
             if row.max_tokens == 1:
-                self._rows.pop(row.key, None)
+                link.rows.pop(row.key, None)
             elif row.target:
                 self._hand_over(row)
             else:
-                self._running[row.key] = row
+                link.running[row.key] = row
                 self._work.set()
 
     def _hand_over(self, row: Row) -> None:
-        if row.granted and row.prefilled and self._rows.pop(row.key, None) is not None:
+        link = self._links[row.router]
+        if row.granted and row.prefilled and link.rows.pop(row.key, None) is not None:
             self._cluster.workers[row.target].land(row)
-            self._outgoing.put_nowait(_field(5, row.attempt + self._cluster.handed_over))
+            link.outgoing.put_nowait(_field(5, row.attempt + self._cluster.handed_over))
 
     async def _step_for_ever(self) -> None:
         pace = self._pace
@@ -198,22 +209,28 @@ class FakeWorker:
         while True:
             await self._work.wait()
             await asyncio.sleep(max(0.0, due - time.monotonic()))
-            while self._outgoing.qsize() > 1 or (pace.window and pace.sent - pace.received > pace.window):  # noqa: ASYNC110
+            while not (links := self._steppable()) or (pace.window and pace.sent - pace.received > pace.window):
+                if not any(link.running for link in self._links.values()):
+                    break  # aborted, all of them
                 await asyncio.sleep(POLL)
             due = max(due + pace.step, time.monotonic() - pace.step)
-            rows = list(self._running.values())
-            self._outgoing.put_nowait(_field(2, b"".join(self._advance(rows))))
-            pace.sent += len(rows)
-            if not self._running:
+            for link in links:
+                rows = list(link.running.values())
+                link.outgoing.put_nowait(_field(2, b"".join(self._advance(link, rows))))
+                pace.sent += len(rows)
+            if not any(link.running for link in self._links.values()):
                 self._work.clear()
 
-    def _advance(self, rows: list[Row]) -> Iterator[bytes]:
+    def _steppable(self) -> list[Link]:
+        return [link for link in self._links.values() if link.can_step]
+
+    def _advance(self, link: Link, rows: list[Row]) -> Iterator[bytes]:
         tail = self._cluster.tail
         for row in rows:
             yield _field(2, row.attempt + tail(row.position, row.max_tokens))
             row.position += 1
             if row.position >= row.max_tokens:
-                del self._rows[row.key], self._running[row.key]
+                del link.rows[row.key], link.running[row.key]
 
     def _id(self) -> pb.WorkerId:
         return pb.WorkerId(worker_id=self.worker_id, epoch=EPOCH)
@@ -268,6 +285,12 @@ class FakeCluster(rpc.ControllerServicer):
     async def Kill(self, request: pb.KillRequest, context: Context) -> pb.KillReply:  # noqa: N802
         await context.abort(grpc.StatusCode.UNAVAILABLE, "a worker of a benchmark must not be lost")
         return pb.KillReply()
+
+
+def _row(router: str, link: Link, spec: pb.SequenceSpec) -> Row:
+    key = spec.attempt.SerializeToString()
+    row = link.rows[key] = Row(router, _field(1, key), spec.sampling.max_tokens, key)
+    return row
 
 
 def _field(number: int, body: bytes) -> bytes:

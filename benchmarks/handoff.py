@@ -21,9 +21,11 @@ import sys
 from pathlib import Path
 
 from baton.bench.prompts import PromptSource
-from baton.bench.workload import Length, PlannedRequest, poisson_workload
 from baton.client.client import AsyncClient
 from baton.client.types import Stages
+from baton.simulator.workload.lengths import Length
+from baton.simulator.workload.planned import PlannedRequest
+from baton.simulator.workload.synthetic import poisson_workload
 from clusters import median_ms, one_prefill_one_decode, serving
 
 INPUT, OUTPUT = 512, 32

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from baton.bench.driver import Target, run_load, warm_up
 from baton.bench.metrics import Summary, client_warning, summarise
-from baton.bench.workload import Length, PlannedRequest, poisson_workload
 from baton.core.slo import Slo
+from baton.simulator.workload.lengths import Length
+from baton.simulator.workload.planned import PlannedRequest
+from baton.simulator.workload.synthetic import poisson_workload
 
 WARM_UP_REQUESTS = 2
 MAX_SEED = 1 << 31

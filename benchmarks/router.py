@@ -11,6 +11,14 @@ messages_fraction    128 tokens out, 64 streams: messages a second at the client
 coalesced_tok_s      256 streams whose clients take 0.2 s over every message, 900 tokens out, as many as the router can take
 added_ttft_ms_p50    one request at a time: p50 of (request sent to first token received - time in the fake worker) minus
                      p50 of (request sent to first message received) at the echo. Both are printed
+two_routers_requests_per_cpu_s_ratio
+                     two routers on one port, each with as many requests as `requests_per_s` gives one: requests per second of
+                     their CPU time together, divided by those of one router in turns of the same run. Two routers serve
+                     1.7 times one's rate, given the cores, if the ratio is 0.85 or more. The second router has a third core
+                     where there is one; where there are two, it shares that of workers and clients (on one core with the
+                     first, two processes that take turns would be measured instead). The claim about the clock itself
+                     needs four cores or more, so `two_routers_speedup`, their rate divided by one's, stays below what their
+                     `two_routers_cores` (CPU seconds a second) leave room for
 
 `..._cpu...` count the router's CPU seconds instead of the clock's: on a busy machine they say more.
 --memory N also watches the router's memory over N requests (memory_bytes_per_request: growth after the first tenth).
@@ -41,6 +49,7 @@ import grpc
 import uvloop
 from baton.core.topology import ModelSpec, PoolSpec, RouterConfig, RouterSpec, Topology
 from baton.core.view import Role
+from baton.deploy.ports import shared_router_ports
 from baton.proto import inference_pb2 as pb
 from fake_workers import FakeCluster, token_at
 from pydantic import TypeAdapter
@@ -54,7 +63,9 @@ LONG, LONG_STREAMS = 128, 64
 LAGGING, LAGGING_TOKENS, LAG = 256, 900, 0.2
 CONNECTIONS = 16
 Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
-ROUTER_CORE, OTHER_CORE = (sorted(os.sched_getaffinity(0)) * 2)[:2]
+CORES = sorted(os.sched_getaffinity(0))
+ROUTER_CORE, OTHER_CORE = (CORES * 2)[:2]
+SECOND_ROUTER_CORE = (*CORES, OTHER_CORE, OTHER_CORE)[2]
 
 
 class SharedPace(ctypes.Structure):
@@ -75,7 +86,7 @@ class Load:
     seconds            how long is measured, after `settle` seconds
     num_requests       instead: until so many have ended, all of them measured
     lag                seconds that a client takes over every message of a stream
-    watched            pids whose CPU time is measured: the server's first
+    watched            groups of pids whose CPU time is measured, that of a group together: the server's first
     """
 
     address: str
@@ -86,7 +97,7 @@ class Load:
     settle: float = 0.5
     num_requests: int = 0
     lag: float = 0.0
-    watched: tuple[int, ...] = ()
+    watched: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(slots=True)
@@ -105,15 +116,15 @@ class Outcome:
 # ---- processes ---------------------------------------------------------------------------------------
 
 
-def run_fakes(pipe: multiprocessing.connection.Connection, pace: SharedPace, prefill: int, decode: int) -> None:
-    """The controller and the workers, until the other end of the pipe closes. Says its address, then the router's."""
+def run_fakes(pipe: multiprocessing.connection.Connection, pace: SharedPace, decode: int, routers: int) -> None:
+    """The controller and the workers, until the other end of the pipe closes. Says its address, then the routers'."""
 
     async def serve() -> None:
-        cluster = FakeCluster(pace, prefill, decode)
+        cluster = FakeCluster(pace, num_decode=decode)
         await cluster.start()
         pipe.send(cluster.address)
-        registration = await cluster.registered.get()
-        pipe.send(registration.address)
+        registrations = [await cluster.registered.get() for _ in range(routers)]
+        pipe.send(registrations[0].shared_address or registrations[0].address)
         await asyncio.to_thread(pipe.poll, None)
         await cluster.stop()
 
@@ -251,7 +262,7 @@ class Clients:
 
     def _snapshot(self) -> Outcome:
         outcome = self._outcome
-        cpu = [_cpu_seconds(pid) for pid in (*self._load.watched, os.getpid())]
+        cpu = [sum(map(_cpu_seconds, pids)) for pids in (*self._load.watched, (os.getpid(),))]
         return replace(outcome, seconds=time.monotonic(), first=[], cpu=cpu)
 
 
@@ -270,31 +281,31 @@ class Rig:
 
     router: str
     echo: str
-    router_pid: int
+    router_pids: tuple[int, ...]
     echo_pid: int
     fakes_pid: int
     pace: SharedPace
     clients: multiprocessing.connection.Connection
 
     def measure(self, echo: bool = False, step: float = 0.0, window: int = 0, **fields: object) -> Outcome:
-        """Put a load on the router or on the echo. `step` and `window` set the workers' pace."""
+        """Put a load on the routers or on the echo. `step` and `window` set the workers' pace."""
         self.pace.step, self.pace.window = step, window
         self.pace.sent = self.pace.received = 0
-        pid = self.echo_pid if echo else self.router_pid
-        self.clients.send(Load(self.echo if echo else self.router, watched=(pid, self.fakes_pid), **fields))  # type: ignore[arg-type]
+        watched = (self.echo_pid,) if echo else self.router_pids, (self.fakes_pid,)
+        self.clients.send(Load(self.echo if echo else self.router, watched=watched, **fields))  # type: ignore[arg-type]
         outcome: Outcome | str = self.clients.recv()
         if isinstance(outcome, str):
             raise SystemExit(outcome)
         return outcome
 
     def router_memory(self) -> int:
-        """Resident bytes of the router."""
-        return int(Path(f"/proc/{self.router_pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        """Resident bytes of the (first) router."""
+        return int(Path(f"/proc/{self.router_pids[0]}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
-def running(prefill: int = 1, decode: int = 1) -> Iterator[Rig]:
-    """Fakes, router, echo and clients, each in a process of its own."""
+def running(decode: int = 1, routers: int = 1) -> Iterator[Rig]:
+    """Fakes, routers, echo and clients, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
     pace: SharedPace = context.Value(SharedPace, lock=False)  # type: ignore[assignment]
     children = []
@@ -309,15 +320,13 @@ def running(prefill: int = 1, decode: int = 1) -> Iterator[Rig]:
         return ours, child.pid
 
     with tempfile.TemporaryFile() as log:
-        fakes, fakes_pid = start(run_fakes, pace, prefill, decode)
+        fakes, fakes_pid = start(run_fakes, pace, decode, routers)
         echo, echo_pid = start(run_echo)
         clients, _ = start(run_clients, pace)
-        router = _start_router(fakes.recv(), log.fileno())
         try:
-            yield Rig(fakes.recv(), echo.recv(), router.pid, echo_pid, fakes_pid, pace, clients)
+            with _routers(fakes.recv(), routers, log.fileno()) as pids:
+                yield Rig(fakes.recv(), echo.recv(), pids, echo_pid, fakes_pid, pace, clients)
         finally:
-            router.terminate()
-            router.wait()
             for pipe in (fakes, echo, clients):
                 pipe.close()
             for child in children:
@@ -325,15 +334,28 @@ def running(prefill: int = 1, decode: int = 1) -> Iterator[Rig]:
                 child.kill()
 
 
-def _start_router(controller: str, log: int) -> subprocess.Popen[bytes]:
-    """The real router, on one core."""
+@contextmanager
+def _routers(controller: str, count: int, log: int) -> Iterator[tuple[int, ...]]:
+    """One or two real routers, each on one core; yields their pids."""
     pools = (PoolSpec(Role.PREFILL), PoolSpec(Role.DECODE))
-    spec = RouterSpec(grpc="127.0.0.1:0", http="127.0.0.1:0", admission="queue_length", seed=1)
-    config = RouterConfig("r0", Topology("benchmark", ModelSpec(str(MODEL)), pools, router=spec), controller)
+    spec = RouterSpec(grpc="127.0.0.1:0", http="127.0.0.1:0", admission="queue_length", seed=1, replicas=count)
+    with shared_router_ports(Topology("benchmark", ModelSpec(str(MODEL)), pools, router=spec)) as topology:
+        cores = (ROUTER_CORE, SECOND_ROUTER_CORE)[:count]
+        routers = [_start_router(RouterConfig(f"r{n}", topology, controller), core, log) for n, core in enumerate(cores)]
+        try:
+            yield tuple(router.pid for router in routers)
+        finally:
+            for router in routers:
+                router.terminate()
+            for router in routers:
+                router.wait()
+
+
+def _start_router(config: RouterConfig, core: int, log: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "baton.deploy.router_process", TypeAdapter(RouterConfig).dump_json(config).decode()],
         stderr=log,
-        preexec_fn=lambda: os.sched_setaffinity(0, {ROUTER_CORE}),
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
     )
 
 
@@ -351,6 +373,8 @@ def main() -> None:
             figures |= _memory(rig, arguments.memory)
     with running(decode=2) as rig:
         figures |= _coalesced(rig, seconds + 1)
+    with running() as one, running(routers=2) as two:
+        figures |= _two_routers(one, two, turns, seconds)
     print(json.dumps(figures))
 
 
@@ -396,6 +420,30 @@ def _coalesced(rig: Rig, seconds: float) -> dict[str, float]:
         "coalesced_tok_s": round(run.num_tokens / run.seconds),
         "coalesced_tok_cpu_s": round(run.num_tokens / run.cpu[0]),
         "coalesced_tokens_per_message": round(run.num_tokens / run.num_messages, 1),
+    }
+
+
+def _two_routers(one: Rig, two: Rig, turns: int, seconds: float) -> dict[str, float]:
+    """The same load per router on one router and on two, one after the other."""
+    alone, both = [], []
+    for rig in (one, two):  # warm up
+        rig.measure(tokens=SHORT, streams=SHORT_STREAMS, seconds=0.5)
+    for _ in range(turns):
+        alone.append(one.measure(tokens=SHORT, streams=SHORT_STREAMS, seconds=seconds, step=0.002))
+        _print("one router", alone[-1])
+        before = [_cpu_seconds(pid) for pid in two.router_pids]
+        both.append(two.measure(tokens=SHORT, streams=2 * SHORT_STREAMS, seconds=seconds, step=0.002))
+        shares = [_cpu_seconds(pid) - cpu for pid, cpu in zip(two.router_pids, before, strict=True)]
+        _print("two routers", both[-1])
+        if min(shares) < 0.1 * sum(shares):
+            raise SystemExit("the kernel gave nearly all connections to one of the two routers: nothing was measured")
+    per_cpu = [[run.num_requests / run.cpu[0] for run in runs] for runs in (alone, both)]
+    per_clock = [[run.num_requests / run.seconds for run in runs] for runs in (alone, both)]
+    return {
+        "two_routers_requests_per_cpu_s": _median(per_cpu[1]),
+        "two_routers_requests_per_cpu_s_ratio": _median([pair / single for single, pair in zip(*per_cpu, strict=True)], 3),
+        "two_routers_speedup": _median([pair / single for single, pair in zip(*per_clock, strict=True)], 3),
+        "two_routers_cores": _median([run.cpu[0] / run.seconds for run in both], 2),
     }
 
 

@@ -31,9 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.bench.driver import Exchange
-from baton.bench.workload import PlannedRequest
 from baton.core.errors import BatonError, Unavailable
 from baton.deploy.cluster import cluster_status
+from baton.simulator.workload.planned import PlannedRequest
 from clusters import SLO
 from loads import Lengths, closed, fresh_seed
 from memory import Usage, parse_smaps

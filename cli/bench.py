@@ -21,10 +21,12 @@ from ..bench.metrics import summarise
 from ..bench.prompts import PromptSource
 from ..bench.records import LoadResult
 from ..bench.report import Settings, write_html, write_json
-from ..bench.traces import FORMATS, TraceOptions, read_trace
-from ..bench.workload import LENGTH_FORMS, PlannedRequest, parse_length, poisson_workload
 from ..core.errors import InvalidRequest
 from ..core.slo import Slo
+from ..simulator.workload.lengths import LENGTH_FORMS, parse_length
+from ..simulator.workload.planned import PlannedRequest
+from ..simulator.workload.synthetic import poisson_workload
+from ..simulator.workload.traces import FORMATS, TraceOptions, guess_format, read_trace
 from . import screen
 
 DEFAULT_VOCAB_SIZE = 1000
@@ -169,7 +171,7 @@ def bench(
                     "--rate and --trace exclude each other: a trace brings its times; change them with --time-scale"
                 )
             limits = TraceOptions(time_scale, requests, duration, max_input_len, max_output_len)
-            workload = read_trace(trace, trace_format or _guess_format(trace), limits)
+            workload = read_trace(trace, trace_format or guess_format(trace), limits)
         server = ServerOptions(url, grpc, model, api_key, vocab_size, seed, text, ignore_eos, usage, workers)
         result, num_workers = uvloop.run(_drive(console, server, RunOptions(concurrency, request_timeout, warmup), workload))
     slo = Slo(slo_ttft, slo_tpot, slo_attainment)
@@ -212,13 +214,6 @@ def _synthetic(
         requests = DEFAULT_NUM_REQUESTS
     inputs, outputs = parse_length(input_len, "input-len"), parse_length(output_len, "output-len")
     return poisson_workload(rate, inputs, outputs, num_requests=requests, duration=duration, seed=seed)
-
-
-def _guess_format(trace: Path) -> str:
-    guess = {".csv": "azure", ".jsonl": "mooncake"}.get(trace.suffix)
-    if guess is None:
-        raise InvalidRequest(f"{trace}: its ending does not tell the format; give --format {' or --format '.join(FORMATS)}")
-    return guess
 
 
 async def _drive(

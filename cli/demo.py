@@ -23,7 +23,6 @@ from ..bench.metrics import summarise
 from ..bench.prompts import PromptSource
 from ..bench.report import Fact, Settings, write_html
 from ..bench.scrape import read_handoffs
-from ..bench.workload import parse_length, poisson_workload
 from ..client.client import AsyncClient
 from ..core.errors import InvalidRequest, Unavailable
 from ..core.topology import Topology
@@ -31,6 +30,8 @@ from ..deploy.checks import check_topology
 from ..deploy.cluster import running_cluster
 from ..deploy.settings import TopologyFile, read_topology_file
 from ..deploy.state import ClusterRecord, claim, log_folder
+from ..simulator.workload.lengths import parse_length
+from ..simulator.workload.synthetic import poisson_workload
 from . import screen
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

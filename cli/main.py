@@ -16,7 +16,10 @@ _VERBS = {
     "status": ("status", "status"),
     "chat": ("chat", "chat"),
     "bench": ("bench", "bench"),
+    "profile": ("profile", "profile"),
     "demo": ("demo", "demo"),
+    "simulate": ("simulate", "simulate"),
+    "plan": ("plan", "plan"),
     "make-model": ("make_model", "make_model"),
 }
 """The verbs in the order in which --help shows them, each with its module and function."""

@@ -36,7 +36,11 @@ __all__ = ["AsyncClient", "Client", "GenerateOptions", "Prompt"]
 
 DEFAULT_TIMEOUT = 10.0  # seconds for the short calls
 
-_CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),  # a connection per client: that is what several routers share out
+)
 _Self = TypeVar("_Self", bound="Client")
 
 

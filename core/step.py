@@ -7,7 +7,7 @@ sequence's row of the previous step sampled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .request import Attempt, FinishReason, SamplingParams, TokenLogprob
 
@@ -26,7 +26,7 @@ class RowNeeds:
     targets: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for every sequence of every step, and freezing it costs four times as much; nobody changes one
 class StepRow:
     """One sequence's share of a step.
 
@@ -126,9 +126,10 @@ class ComputedEvent:
 
 @dataclass(frozen=True, slots=True)
 class PreemptedEvent:
-    """The sequence lost its blocks and left this worker; it can be resumed anywhere from its tokens."""
+    """The sequence lost its blocks and left this worker; it can be resumed anywhere from its `num_output` output tokens."""
 
     attempt: Attempt
+    num_output: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

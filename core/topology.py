@@ -72,11 +72,14 @@ class KvTransferSpec:
 class RouterSpec:
     """grpc and http are host:port, port 0 means any free port.
 
-    max_queue             admission `queue_length` and `slo`: requests in flight or waiting at most; each of n sequences counts
+    max_queue             admission `queue_length` and `slo`: requests in flight or waiting at most, in each router; each of n
+                          sequences counts
     local_prefill_tokens  prompts up to this length are prefilled on the decode worker
     request_timeout       seconds after which a request without a deadline of its own is given up
     seed                  of the router's random draws; None draws one
-    tape                  file that records every event the router's lifecycle sees, with its answers (see `router.tape`)
+    tape                  file that records every event the router's lifecycle sees, with its answers (see `router.tape`);
+                          several routers write one each, `.0`, `.1`, ... behind its name
+    replicas              router processes, which share both ports when there are several
     """
 
     grpc: str = "127.0.0.1:8900"
@@ -88,6 +91,7 @@ class RouterSpec:
     request_timeout: float = 600.0
     seed: int | None = None
     tape: str | None = None
+    replicas: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,11 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    """What the process of one router is started with."""
+    """What the process of one router is started with.
+
+    bind_host     what it announces for a wildcard, and where one of several listens for those who mean it alone
+    orphan_grace  as in `WorkerConfig`
+    """
 
     router_id: str
     topology: Topology

@@ -27,6 +27,8 @@ class WorkerLoad:
     num_waiting     sequences (and reservations) that hold no blocks yet
     free_blocks, total_blocks   of the KV pool; cached blocks that can be evicted count as free
     tickets         tickets that are alive at this worker, at either end
+    others_assigned, others_pending_tokens, others_context_tokens   what other routers than the one that is told have placed
+                    here, counted as in `WorkerView`; 0 where one router serves alone
     """
 
     step: int = 0
@@ -40,15 +42,18 @@ class WorkerLoad:
     total_blocks: int = 0
     quarantined_blocks: int = 0
     tickets: int = 0
+    others_assigned: int = 0
+    others_pending_tokens: int = 0
+    others_context_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """One live worker as the router sees it.
+    """One live worker as the router sees it: its own share to the moment, that of other routers by the latest heartbeat.
 
-    num_assigned      attempts that the router has placed on it and that have not left it
+    num_assigned      attempts that were placed on it and that have not left it
     pending_tokens    prompt tokens placed on it whose prefill has not finished (token-work)
-    context_tokens    tokens whose KV it holds or will hold for the router's requests
+    context_tokens    tokens whose KV it holds or will hold for requests
     """
 
     ref: WorkerRef

@@ -53,7 +53,7 @@ class DecodeWorker(WorkerCore):
                 self.add(spec_from(message.submit.sequence, now, hand_over=False), session)
             case "reserve":
                 spec = spec_from(message.reserve.sequence, now, hand_over=False)
-                self.sessions.own(spec.attempt, session)
+                self.sessions.own(spec.attempt, session, len(spec.known_tokens), to_prefill=False)
                 self.prepare(spec)
                 source = worker_from(message.reserve.source)
                 self._perform(self._receiver.handle(ho.ReserveAsked(now, spec, source)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..proto import worker_pb2_grpc as rpc
 from .controller import Controller
 from .controller_server import serving
 from .members import member_specs
-from .ports import free_port
+from .ports import free_port, shared_router_ports
 from .settings import prepare_ray_environment
 from .state import ledger_path, log_folder
 from .subprocess_launcher import SubprocessLauncher
@@ -41,7 +41,7 @@ logger = logging.getLogger("baton.cluster")
 class ClusterStatus:
     """What is to be seen of a cluster from outside.
 
-    grpc, http   the router's faces, "" until it has registered
+    grpc, http   where clients find the router, or any of several; "" until one has registered
     waiting_for  "" when the cluster is ready, else what is missing
     """
 
@@ -74,7 +74,7 @@ class RunningCluster:
         return await cluster_status(self.controller)
 
     async def wait_ready(self, on_change: Callable[[ClusterStatus], None] = lambda _: None) -> ClusterStatus:
-        """Wait until every member is ready and the router serves. `on_change` sees each new status.
+        """Wait until every member is ready and every router serves. `on_change` sees each new status.
 
         Raises Unavailable when a member has failed for good, with the end of its log.
         """
@@ -134,13 +134,14 @@ async def running_on_ray(topology: Topology, ray_address: str) -> AsyncIterator[
     logs = log_folder(topology.cluster)
     ray_host.connect(ray_address)
     try:
-        controller, _ = await ray_host.start_on_ray(topology, logs, Backoff())
-        leave = asyncio.Event()
-        try:
-            yield RunningCluster(topology.cluster, controller, logs), leave
-        finally:
-            if not leave.is_set():
-                await ray_host.stop_on_ray(topology.cluster, controller)
+        with shared_router_ports(topology, elsewhere=True) as settled:
+            controller, _ = await ray_host.start_on_ray(settled, logs, Backoff())
+            leave = asyncio.Event()
+            try:
+                yield RunningCluster(topology.cluster, controller, logs), leave
+            finally:
+                if not leave.is_set():
+                    await ray_host.stop_on_ray(topology.cluster, controller)
     finally:
         ray_host.disconnect()
 
@@ -157,18 +158,20 @@ async def end_on_ray(cluster: str, ray_address: str, controller: str) -> list[st
 
 
 async def cluster_status(controller: str) -> ClusterStatus:
-    """Ask the controller, and the router whether it serves. Raises Unavailable when the controller does not answer."""
+    """Ask the controller, and every router whether it serves. Raises Unavailable when the controller does not answer."""
     try:
         async with grpc.aio.insecure_channel(controller) as channel:
             state: pb.ClusterState = await rpc.ControllerStub(channel).GetCluster(pb.GetClusterRequest(), timeout=_CALL)
     except grpc.aio.AioRpcError as error:
         raise Unavailable(f"the controller at {controller} does not answer: {error.details()}") from error
     members = tuple(state.members)
-    router = next((m.registration for m in members if m.registration.role == "router" and m.state == MemberState.READY), None)
-    if router is None:
+    routers = [m.registration for m in members if m.registration.role == "router" and m.state == MemberState.READY]
+    if not routers:
         return ClusterStatus(members, waiting_for=_not_ready(members) or "router", uptime=state.uptime)
-    waiting_for = _not_ready(members) or await _router_waits_for(router.address)
-    return ClusterStatus(members, router.address, router.http_address, waiting_for, state.uptime)
+    waiting_for = _not_ready(members) or await _routers_wait_for(routers)
+    grpc_address = routers[0].shared_address or routers[0].address
+    http_address = routers[0].shared_http_address or routers[0].http_address
+    return ClusterStatus(members, grpc_address, http_address, waiting_for, state.uptime)
 
 
 async def router_load(address: str) -> inference.GetLoadResponse:
@@ -217,12 +220,22 @@ async def _subprocess_cluster(topology: Topology, logs: Path, backoff: Backoff) 
     for orphan in await launcher.end_orphans():
         logger.warning("ended %s, left over from an earlier run of cluster %s", orphan, topology.cluster)
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
-    controller = Controller(topology.cluster, member_specs(topology, address, logs), launcher, backoff)
     try:
-        async with serving(controller, address) as bound:
-            yield bound
+        with shared_router_ports(topology) as settled:
+            controller = Controller(topology.cluster, member_specs(settled, address, logs), launcher, backoff)
+            async with serving(controller, address) as bound:
+                yield bound
     finally:
         await launcher.close()
+
+
+async def _routers_wait_for(routers: Sequence[pb.Registration]) -> str:
+    """Why not every router serves yet, "" when all do."""
+    reasons = await asyncio.gather(*(_router_waits_for(router.address) for router in routers))
+    if len(routers) == 1:
+        return reasons[0]
+    named = zip((router.worker.worker_id for router in routers), reasons, strict=True)
+    return "; ".join(f"{name}: {reason}" for name, reason in named if reason)
 
 
 async def _router_waits_for(address: str) -> str:

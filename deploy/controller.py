@@ -102,17 +102,20 @@ class Controller:
         member.state = MemberState.READY
         member.last_error = ""
         if member.spec.role == "router":  # one that restarts must come back where its clients look for it
-            pinned = pin_router_ports(member.spec.config_json, registration.address, registration.http_address)
+            grpc, http = registration.shared_address, registration.shared_http_address
+            pinned = pin_router_ports(member.spec.config_json, grpc or registration.address, http or registration.http_address)
             member.spec = replace(member.spec, config_json=pinned)
         logger.info("%s is ready at %s (pid %d)", member.spec.member_id, registration.address, registration.pid)
         self._changed()
         return ""
 
     def roster(self) -> pb.Roster:
-        """The workers that are alive, and those recently confirmed dead."""
-        registrations = [m.registration for m in self._members.values() if m.registration and m.registration.role != "router"]
+        """The workers and routers that are alive, and those recently confirmed dead."""
+        alive = [member.registration for member in self._members.values() if member.registration is not None]
         return pb.Roster(
-            workers=registrations, dead=[pb.WorkerId(worker_id=ref.worker_id, epoch=ref.epoch) for ref in self._dead]
+            workers=[registration for registration in alive if registration.role != "router"],
+            dead=[pb.WorkerId(worker_id=ref.worker_id, epoch=ref.epoch) for ref in self._dead],
+            routers=[registration for registration in alive if registration.role == "router"],
         )
 
     async def rosters(self) -> AsyncIterator[pb.Roster]:

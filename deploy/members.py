@@ -12,7 +12,6 @@ from ..core.view import Role
 from .launcher import MemberSpec
 from .schema import split_host_port
 
-ROUTER_ID = "router-0"
 ENTRY_POINTS = {
     Role.PREFILL: "baton.prefill_worker.server",
     Role.DECODE: "baton.decode_worker.server",
@@ -25,22 +24,12 @@ _ROUTER_CONFIG = TypeAdapter(RouterConfig)
 
 
 def member_specs(topology: Topology, controller: str, logs: Path) -> tuple[MemberSpec, ...]:
-    """One spec per worker of every pool and one for the router. `controller` is host:port; `logs` a folder."""
+    """One spec per worker of every pool and one per router. `controller` is host:port; `logs` a folder."""
     specs: list[MemberSpec] = []
     for pool in topology.pools:
         for index in range(pool.replicas):
             specs.append(_worker_spec(topology, pool, f"{pool.role}-{index}", controller, logs, bundle=len(specs)))
-    config = RouterConfig(ROUTER_ID, topology, controller)
-    specs.append(
-        MemberSpec(
-            member_id=ROUTER_ID,
-            cluster=topology.cluster,
-            role="router",
-            module=ROUTER_ENTRY_POINT,
-            config_json=_ROUTER_CONFIG.dump_json(config).decode(),
-            log_path=str(logs / f"{ROUTER_ID}.log"),
-        )
-    )
+    specs += [_router_spec(topology, index, controller, logs) for index in range(topology.router.replicas)]
     return tuple(specs)
 
 
@@ -66,6 +55,29 @@ def _worker_spec(topology: Topology, pool: PoolSpec, worker_id: str, controller:
         num_gpus=0.0 if on_cpu else 1.0,
         bundle=bundle,
     )
+
+
+def _router_spec(topology: Topology, index: int, controller: str, logs: Path) -> MemberSpec:
+    router_id = f"router-{index}"
+    config = RouterConfig(router_id, _own_part(topology, index), controller)
+    return MemberSpec(
+        member_id=router_id,
+        cluster=topology.cluster,
+        role="router",
+        module=ROUTER_ENTRY_POINT,
+        config_json=_ROUTER_CONFIG.dump_json(config).decode(),
+        log_path=str(logs / f"{router_id}.log"),
+    )
+
+
+def _own_part(topology: Topology, index: int) -> Topology:
+    """Of several routers each draws numbers of its own and writes a tape of its own, named after it."""
+    router = topology.router
+    if router.replicas == 1:
+        return topology
+    seed = None if router.seed is None else (router.seed + index) % (1 << 63)
+    tape = None if router.tape is None else f"{router.tape}.{index}"
+    return replace(topology, router=replace(router, seed=seed, tape=tape))
 
 
 def _pin(wanted: str, actual: str) -> str:

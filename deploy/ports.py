@@ -1,10 +1,17 @@
-"""Which ports are free on this host."""
+"""Which ports are free on this host, and how those that several routers share are kept for them."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import psutil
+
+from ..core.errors import Unavailable
+from ..core.topology import Topology
+from .schema import split_host_port
 
 
 def free_port(host: str) -> int:
@@ -37,6 +44,55 @@ def why_silent(host: str, port: int, patience: float = 5.0) -> str:
     except OSError as error:
         return error.strerror or str(error) or type(error).__name__
     return ""
+
+
+@contextmanager
+def shared_router_ports(topology: Topology, elsewhere: bool = False) -> Iterator[Topology]:
+    """`topology` with ports that all of its routers can listen on; while inside nobody else can take them on this host.
+
+    One router alone finds its ports itself. `elsewhere`: the routers may run on other hosts, so a port that is given is
+    not looked at. Raises Unavailable when a port is taken.
+    """
+    router = topology.router
+    if router.replicas == 1:
+        yield topology
+        return
+    with ExitStack() as kept:
+
+        def keep(key: str, address: str) -> str:
+            if elsewhere and split_host_port(address)[1] != 0:
+                return address
+            return kept.enter_context(_kept(key, address))
+
+        router = replace(router, grpc=keep("router.grpc", router.grpc), http=keep("router.http", router.http))
+        yield replace(topology, router=router)
+
+
+@contextmanager
+def _kept(key: str, address: str) -> Iterator[str]:
+    """The address with a port. A socket that is bound and does not listen keeps it: it gets no connections, and only
+    sockets of this user that are willing to share (SO_REUSEPORT) can be bound beside it."""
+    host, port = split_host_port(address)
+    reason = why_taken(host, port)  # a bound socket alone would not notice others that are willing to share
+    if reason:
+        raise Unavailable(f"{key}: {reason}")
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    with socket.socket(family, socket.SOCK_STREAM) as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            _bind(keeper, host, port)
+        except OSError as error:
+            raise Unavailable(f"{key}: cannot keep {address} for several routers: {error.strerror}") from error
+        yield f"{address.rpartition(':')[0]}:{keeper.getsockname()[1]}"
+
+
+def _bind(keeper: socket.socket, host: str, port: int) -> None:
+    """Keep the port from everybody; where old connections linger on it, at least from those that take no port of others."""
+    try:
+        keeper.bind((host, port))
+    except OSError:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind((host, port))
 
 
 def _owner(port: int) -> str:

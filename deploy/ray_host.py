@@ -23,7 +23,7 @@ from ..core.topology import Topology
 from ..proto import worker_pb2 as pb
 from ..proto import worker_pb2_grpc as rpc
 from .members import member_specs
-from .ports import free_port, why_silent
+from .ports import free_port, shared_router_ports, why_silent
 from .process import WatchedProcess
 from .ray_controller import ControllerActorConfig, dump_specs, refuse_second, start_controller
 from .ray_launcher import NAMESPACE, place_cluster, remove_cluster
@@ -38,7 +38,7 @@ _FOLDER, _LOCK = "baton-ray-", "in-use"
 @asynccontextmanager
 async def local_ray_cluster(topology: Topology, logs: Path, backoff: Backoff) -> AsyncIterator[str]:
     """A cluster on a Ray of our own; yields the controller's address. On leaving, nothing of either is left."""
-    with ray_folder() as folder:
+    with shared_router_ports(topology) as topology, ray_folder() as folder:
         _start_ray(topology, folder)
         try:
             address, pid = await start_on_ray(topology, logs, backoff, "127.0.0.1")

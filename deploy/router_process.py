@@ -18,7 +18,6 @@ import sys
 import time
 from pathlib import Path
 
-import grpc
 import uvloop
 from pydantic import TypeAdapter, ValidationError
 
@@ -40,6 +39,7 @@ from ..router.readiness import Readiness
 from ..router.roster import ControllerLink
 from ..router.service import RouterService, ServiceOptions
 from ..router.tape import TapeWriter
+from .listeners import Listeners, bind
 from .load_mode import follow_load, settle_memory
 
 SHUTDOWN_GRACE = 2.0  # seconds that running requests get to end by themselves
@@ -100,22 +100,17 @@ async def serve_router(config: RouterConfig) -> None:
         lambda: service.num_active, lambda: service.num_pending, lambda: readiness.ready, service.membership.samples
     )
     info = ServerInfo(__version__, topology.cluster, config.router_id, topology.slo, time.monotonic())
-    grpc_server = build_server(InferenceFace(service, readiness, model, tokenizer, info), health)
-    grpc_address = _bind_grpc(grpc_server, topology.router.grpc)
-    listener = _bind_http(topology.router.http)
-    http_server = HttpServer(HttpFace(service, readiness, metrics, model, tokenizer, topology.slo).app(), listener)
-    registration = pb.Registration(
-        worker=pb.WorkerId(worker_id=config.router_id, epoch=epoch),
-        role="router",
-        address=_announced(grpc_address, config.bind_host),
-        http_address=_announced(_address_of(listener), config.bind_host),
-        pid=os.getpid(),
-        host=socket.gethostname(),
-    )
+    face = InferenceFace(service, readiness, model, tokenizer, info)
+    grpc_server = build_server(face, health, shares_port=topology.router.replicas > 1)
+    listeners = bind(grpc_server, config)
+    http_server = HttpServer(HttpFace(service, readiness, metrics, model, tokenizer, topology.slo).app(), listeners.http)
+    registration = _registration(config, epoch, listeners)
     await health.set(False)
     await grpc_server.start()
     service.start()
-    logger.info("router %s serves gRPC on %s, HTTP on %s", config.router_id, grpc_address, registration.http_address)
+    served = [f"gRPC on {listeners.own_grpc}, HTTP on {listeners.own_http}"]
+    served += [f"with others gRPC on {listeners.shared_grpc}, HTTP on {listeners.shared_http}"] if listeners.shared_grpc else []
+    logger.info("router %s serves %s", config.router_id, "; ".join(served))
     http = asyncio.create_task(http_server.serve(), name="http")
     background = [
         asyncio.create_task(readiness.run(), name="readiness"),
@@ -139,6 +134,19 @@ async def serve_router(config: RouterConfig) -> None:
         if writer is not None:
             writer.close()
         logger.info("router %s has ended", config.router_id)
+
+
+def _registration(config: RouterConfig, epoch: int, listeners: Listeners) -> pb.Registration:
+    return pb.Registration(
+        worker=pb.WorkerId(worker_id=config.router_id, epoch=epoch),
+        role="router",
+        address=listeners.own_grpc,
+        http_address=listeners.own_http,
+        shared_address=listeners.shared_grpc,
+        shared_http_address=listeners.shared_http,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+    )
 
 
 async def _publish(changes: asyncio.Queue[bool], health: HealthFace) -> None:
@@ -180,50 +188,6 @@ def make_lifecycle(topology: Topology) -> Lifecycle:
         local_prefill_tokens=router.local_prefill_tokens,
     )
     return Lifecycle(config, ROUTING[router.routing], ADMISSION[router.admission](router.max_queue, topology.slo))
-
-
-def _bind_grpc(server: grpc.aio.Server, address: str) -> str:
-    """Bind; the address with the real port. Raises TopologyError."""
-    host, _ = _split(address, "router.grpc")
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise TopologyError(f"router.grpc: {address} cannot be bound, is the port taken? ({error})") from error
-    return f"{host}:{port}"
-
-
-def _bind_http(address: str) -> socket.socket:
-    """Bind and listen. Raises TopologyError."""
-    host, port = _split(address, "router.http")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host.strip("[]"), port))
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise TopologyError(f"router.http: {address} cannot be bound: {error.strerror}") from error
-    listener.setblocking(False)
-    return listener
-
-
-def _split(address: str, key: str) -> tuple[str, int]:
-    host, separator, port = address.rpartition(":")
-    if not (separator and host and port.isdigit() and int(port) < 1 << 16):
-        raise TopologyError(f"{key}: {address!r} is not host:port")
-    return host, int(port)
-
-
-def _address_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _announced(address: str, bind_host: str) -> str:
-    """The address under which others reach a socket: a wildcard is no destination."""
-    host, _, port = address.rpartition(":")
-    return f"{bind_host}:{port}" if host in ("0.0.0.0", "[::]") else address
 
 
 if __name__ == "__main__":

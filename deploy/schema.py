@@ -145,6 +145,7 @@ class RouterSection(_Section):
         default=None, description="a whole number from 0 to 9223372036854775807"
     )
     tape: _Text | None = Field(default=None, description="the path of a file (relative to where the router runs)")
+    replicas: _Degree = 1
 
 
 class RaySection(_Section):

@@ -191,6 +191,7 @@ def _dump_router(router: RouterSpec) -> dict[str, YamlValue]:
         "max_queue": router.max_queue,
         "local_prefill_tokens": router.local_prefill_tokens,
         "request_timeout": router.request_timeout,
+        "replicas": router.replicas,
     }
     optional: dict[str, YamlValue] = {"seed": router.seed, "tape": router.tape}
     return fields | {key: value for key, value in optional.items() if value is not None}

@@ -7,6 +7,7 @@ samples that token; otherwise it sits this plan out.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ class Batch:
     """A plan in the making. `budget` and `seats` are the tokens and rows that are left.
 
     reports  prompt tokens that may still be reported in this step
+    recurs   every row so far feeds a token that was sampled here and samples the next, of a sequence that stays here
     """
 
     step: int
@@ -32,6 +34,7 @@ class Batch:
     reports: int
     rows: list[StepRow] = field(default_factory=list)
     sequences: list[SequenceState] = field(default_factory=list)
+    recurs: bool = True
 
     @property
     def full(self) -> bool:
@@ -58,6 +61,8 @@ class Batch:
             )
         )
         self.sequences.append(sequence)
+        if num_tokens > 1 or not sample or sequence.spec.hand_over or start < sequence.num_given:
+            self.recurs = False
         self.budget -= num_tokens
         self.seats -= 1
         sequence.num_planned = end
@@ -67,6 +72,26 @@ class Batch:
         if sample:
             sequence.num_placeholders += 1
             sequence.last_sampled_step = self.step
+
+    def add_next(self, sequence: SequenceState) -> None:
+        """`add` of the one token that is left to feed of a sequence, and is known: the plainest and commonest row."""
+        if sequence.has_needs:
+            self.add(sequence, 1)
+            return
+        spec, tokens, start = sequence.spec, sequence.tokens, sequence.num_planned
+        output_index = len(tokens) - len(spec.prompt)
+        self.rows.append(StepRow(spec.attempt, start, (tokens[start],), sequence.blocks, spec.sampling, output_index, True))
+        self.sequences.append(sequence)
+        if spec.hand_over or start < sequence.num_given:
+            self.recurs = False
+        self.budget -= 1
+        self.seats -= 1
+        sequence.num_planned = start + 1
+        sequence.num_in_flight += 1
+        if sequence.first_scheduled is None:
+            sequence.first_scheduled = self.now
+        sequence.num_placeholders = 1
+        sequence.last_sampled_step = self.step
 
     def add_prompt(self, sequence: SequenceState) -> None:
         """Feed as much of the known tokens of `sequence` as the batch has room for, which may be nothing."""
@@ -93,6 +118,18 @@ class Batch:
         return RowNeeds(tuple(sequence.tokens), targets)
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a batcher looks at of `SchedulerConfig`, beside a batch's own limits."""
+
+    max_running: int
+    watermark: float
+    stages: int
+    max_context: int
+    phases_apart: bool = False
+    eager_pipeline: bool = False
+
+
 class Batcher:
     """Fills batches from the sequences of one scheduler. `preempted` collects the events that this causes."""
 
@@ -100,30 +137,81 @@ class Batcher:
         self,
         pool: BlockPool,
         phases: Phases,
-        max_running: int,
-        watermark: float,
+        limits: Limits,
         prefix_cache: bool,
         preempted: list[PreemptedEvent],
     ) -> None:
         self._pool = pool
         self._phases = phases
-        self._max_running = max_running
-        self._reserve = int(watermark * pool.num_blocks)  # blocks that starting sequences leave to running ones
+        self._max_running = limits.max_running
+        self._known_only = limits.stages > 1
+        self._shares = 1 if limits.eager_pipeline else limits.stages
+        self._max_context = limits.max_context
+        self._apart = limits.phases_apart
+        self._reserve = int(limits.watermark * pool.num_blocks)  # blocks that starting sequences leave to running ones
         self._prefix_cache = prefix_cache
         self._preempted = preempted
 
     def fill(self, batch: Batch) -> None:
         """Add rows until the budget, the seats, the blocks or the sequences run out."""
+        if not self._apart:
+            self._add_prompts(batch, self._add_decodes(batch))
+            return
+        running = self._phases.running
+        self._add_prompts(batch, [s for s in running if s.num_remaining > 1 and self._may_run(s, batch.step)])
+        if not batch.rows:
+            self._add_decodes(batch)
+        else:
+            batch.recurs = False  # even if it looks like it: the sequences that decode are left out
+
+    def _add_decodes(self, batch: Batch) -> list[SequenceState]:
+        """A row for every sequence that decodes. Returns those whose prompts have been begun, if there is room for them."""
         begun: list[SequenceState] = []
-        for sequence in self._phases.running:
-            if batch.full:
-                return
-            if sequence.phase is not Phase.RUNNING or not may_run(sequence, batch.step):
-                continue  # preempted for the benefit of one before it, or waiting for a commit
-            if sequence.num_remaining > 1:
+        # Micro-batches share the sequences out evenly, or all of them would end up in one and the other stages idle.
+        share = -(-len(self._phases.running) // self._shares)
+        rows, most, size = batch.rows, min(batch.budget, batch.seats), self._pool.block_size
+        context, max_context = 0, self._max_context or sys.maxsize
+        for sequence in self._in_turn() if self._max_context else self._phases.running:
+            if len(rows) == most:
+                return []
+            if sequence.phase is not Phase.RUNNING:
+                continue  # preempted for the benefit of one before it
+            if sequence.num_placeholders and not self._may_run(sequence, batch.step):
+                continue
+            if len(sequence.tokens) + sequence.num_placeholders - sequence.num_planned > 1:
                 begun.append(sequence)
-            elif self._make_room(sequence, 1):
-                batch.add(sequence, 1)
+                continue
+            planned = sequence.num_planned
+            if len(rows) == share:
+                continue
+            if rows and context + planned >= max_context:
+                context = max_context  # nobody overtakes one that did not fit
+                continue
+            if planned < len(sequence.blocks) * size or self._make_room(sequence, 1):
+                sequence.place = len(rows)
+                if sequence.num_placeholders:
+                    batch.add(sequence, 1)
+                else:
+                    batch.add_next(sequence)
+                context += planned + 1
+        return begun
+
+    def _in_turn(self) -> list[SequenceState]:
+        """Running sequences, those first that have not been in a step for longest: with a limit to the context of a step, all
+        that do not fit into one take turns. Those that came while a step ran go before those that were in it."""
+        return sorted(self._phases.running, key=lambda sequence: (sequence.last_sampled_step, sequence.place))
+
+    def _may_run(self, sequence: SequenceState, step: int) -> bool:
+        """Whether step `step` may contain a row of this running sequence."""
+        if sequence.num_placeholders == 0:
+            return True
+        if self._known_only:
+            return False
+        ends_soon = len(sequence.tokens) + sequence.num_placeholders >= sequence.limit
+        return sequence.last_sampled_step == step - 1 and not ends_soon and not sequence.spec.hand_over
+
+    def _add_prompts(self, batch: Batch, begun: list[SequenceState]) -> None:
+        """Chunks of the prompts in `begun`, then of waiting ones."""
         for sequence in begun:
             if batch.full:
                 return
@@ -198,11 +286,3 @@ class Batcher:
         who has a row in this batch is taken. A sequence to be handed over never is: its blocks are being pushed.
         """
         return (sequence for sequence in reversed(self._phases.running) if not sequence.spec.hand_over)
-
-
-def may_run(sequence: SequenceState, step: int) -> bool:
-    """Whether step `step` may contain a row of this running sequence."""
-    if sequence.num_placeholders == 0:
-        return True
-    ends_soon = len(sequence.tokens) + sequence.num_placeholders >= sequence.limit
-    return sequence.last_sampled_step == step - 1 and not ends_soon and not sequence.spec.hand_over

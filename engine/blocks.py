@@ -117,9 +117,11 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference of each block. At zero, a block with a known prefix stays cached, any other is free."""
         self._require_references(blocks, "released")
+        references = self._references
         for block in reversed(blocks):  # the tail of a prefix ends up older than its head, and is evicted first
-            self._references[block] -= 1
-            self._settle(block)
+            references[block] -= 1
+            if references[block] == 0:
+                self._settle(block)
 
     # ---- prefix cache --------------------------------------------------------------------------
 
@@ -248,9 +250,10 @@ class BlockPool:
 
     def _require_references(self, blocks: Collection[int], done: str) -> None:
         """Raise before anything is changed unless each block has as many references as it occurs in `blocks`."""
+        references, num_blocks = self._references, self.num_blocks
         for block in blocks:
-            self._require_exists(block)
-            if self._references[block] < 1:
+            if not (0 <= block < num_blocks and references[block] >= 1):
+                self._require_exists(block)
                 raise InternalError(f"block {block} cannot be {done}: nobody holds a reference of it")
         if len(set(blocks)) != len(blocks):
             for block, times in Counter(blocks).items():

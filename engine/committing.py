@@ -17,14 +17,14 @@ class Committer:
     def __init__(self, pool: BlockPool, phases: Phases, prefix_cache: bool) -> None:
         self._pool = pool
         self._phases = phases
-        self._prefix_cache = prefix_cache
+        self.prefix_cache = prefix_cache
 
-    def commit_row(self, sequence: SequenceState, row: StepRow, output: RowOutput) -> list[SequenceEvent]:
-        """Take in one row. The row of a sequence that has ended meanwhile is discarded."""
+    def commit_row(self, sequence: SequenceState, row: StepRow, output: RowOutput, ahead: int = 0) -> list[SequenceEvent]:
+        """Take in one row, which is `ahead` tokens further on than it says. That of a sequence that has ended is discarded."""
         events: list[SequenceEvent] = []
         if sequence.phase is not Phase.ENDED:
-            sequence.num_computed = row.end
-            self.publish(sequence)
+            sequence.num_computed = row.end + ahead
+            self.publish(sequence, sequence.num_computed)
             if output.prompt_logprobs:
                 sequence.prompt_logprobs += output.prompt_logprobs
             if row.sample:
@@ -35,11 +35,30 @@ class Committer:
             events.append(preempted)
         return events
 
-    def publish(self, sequence: SequenceState) -> None:
-        """Tell the prefix cache of the blocks that have become full of computed KV."""
-        num_full = sequence.num_computed // self._pool.block_size
+    def commit_decode(
+        self, sequences: Sequence[SequenceState], rows: Sequence[StepRow], ahead: int, token: int
+    ) -> list[tuple[SequenceState, SequenceEvent]]:
+        """`commit_row` of decode rows that all sampled `token`. Of their events it returns those of sequences that leave."""
+        left: list[tuple[SequenceState, SequenceEvent]] = []
+        sampled = RowOutput((token,))
+        for sequence, row in zip(sequences, rows, strict=True):
+            going_on = len(sequence.tokens) + 1 < sequence.limit and sequence.num_in_flight == 1
+            if going_on and sequence.phase is Phase.RUNNING and not self.prefix_cache:  # nothing but one more token
+                sequence.tokens.append(token)
+                sequence.num_computed = sequence.num_planned
+                sequence.num_placeholders -= 1
+                sequence.num_in_flight = 0
+                continue
+            events = self.commit_row(sequence, row, sampled, ahead)
+            if sequence.phase is not Phase.RUNNING:
+                left += [(sequence, event) for event in events]
+        return left
+
+    def publish(self, sequence: SequenceState, num_computed: int) -> None:
+        """Tell the prefix cache of the blocks that are full of computed KV."""
+        num_full = num_computed // self._pool.block_size
         first = sequence.num_published
-        if self._prefix_cache and num_full > first:
+        if self.prefix_cache and num_full > first:
             self._pool.publish_hashes(sequence.hashes(num_full)[first:], sequence.blocks[first:num_full])
             sequence.num_published = num_full
 

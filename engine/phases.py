@@ -22,6 +22,7 @@ class Phases:
     waiting_to_leave those of them that are to be handed over, in the order in which they came
     running          from the one served first to the one preempted first
     draining_blocks  blocks that become free (or lose a reference) as plans commit
+    num_preempted    how often a sequence was preempted
     """
 
     def __init__(self, pool: BlockPool, return_preempted: bool) -> None:
@@ -30,6 +31,7 @@ class Phases:
         self.running = SortedSequences(lambda sequence: sequence.age_key)
         self.num_held = 0
         self.draining_blocks = 0
+        self.num_preempted = 0
         self._pool = pool
         self._return_preempted = return_preempted
         self._sequences: dict[Attempt, SequenceState] = {}
@@ -72,6 +74,7 @@ class Phases:
 
     def preempt(self, sequence: SequenceState) -> PreemptedEvent | None:
         """Take a running sequence's blocks away, now or when its rows in flight have committed."""
+        self.num_preempted += 1
         self.running.remove(sequence)
         if sequence.num_in_flight == 0:
             return self._leave(sequence)
@@ -145,7 +148,7 @@ class Phases:
         if self._return_preempted:
             sequence.phase = Phase.ENDED
             del self._sequences[sequence.attempt]
-            return PreemptedEvent(sequence.attempt)
+            return PreemptedEvent(sequence.attempt, sequence.num_output)
         sequence.phase = Phase.WAITING
         self._enqueue(sequence)
         return None

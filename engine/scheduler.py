@@ -5,23 +5,24 @@ The scheduler never looks at a clock, never does I/O and never draws a random nu
 the same plans, in the service and in the simulator.
 
 Its parts: `sequence` (one sequence), `phases` (where each one stands, who gives blocks back), `batching`
-(forming a plan), `committing` (taking in what a step computed), `fast_forward` (how often a plan recurs).
+(forming a plan), `committing` (taking in what a step computed), `fast_forward` (how often a plan recurs, and many steps at once).
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.errors import InternalError, InvalidRequest
 from ..core.request import Attempt, SequenceSpec
-from ..core.step import PreemptedEvent, SequenceEvent, StepOutput, StepPlan
+from ..core.step import PreemptedEvent, SequenceEvent, StepOutput, StepPlan, TokenEvent
 from ..policy.ordering import Ordering, Waiting
-from .batching import Batch, Batcher
+from .batching import Batch, Batcher, Limits
 from .blocks import BlockPool, HashChain
 from .committing import Committer, check_output
-from .fast_forward import num_repeats
+from .fast_forward import InFlight, advance, num_repeats
 from .phases import Phases
 from .sequence import Phase, SequenceInfo, SequenceState
 
@@ -37,6 +38,11 @@ class SchedulerConfig:
     watermark         share of the pool that a starting sequence leaves free for those that run
     max_in_flight     plans that may be uncommitted at a time
     max_reported      prompt tokens of a step whose log probabilities are reported: each costs a row of logits
+    pipeline_stages   above 1, plans are micro-batches: as many may be uncommitted as there are stages, none feeds a token
+                      that is not known yet, and each takes its share of the sequences that decode
+    max_context       tokens that the decode rows of a step may attend to together; all that do not fit take turns. 0 is no limit
+    phases_apart      a step feeds prompts or decodes, never both, and prompts go first, as in engines without chunked prefill
+    eager_pipeline    with stages, a step takes all sequences that are ready, and any number may be under way: no even shares
     """
 
     max_step_tokens: int
@@ -47,6 +53,10 @@ class SchedulerConfig:
     watermark: float = 0.01
     max_in_flight: int = 2
     max_reported: int = 256
+    pipeline_stages: int = 1
+    max_context: int = 0
+    phases_apart: bool = False
+    eager_pipeline: bool = False
 
 
 class Scheduler:
@@ -57,7 +67,7 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, config: SchedulerConfig, order: Ordering) -> None:
         limits = (config.max_step_tokens, config.max_num_seqs, config.max_model_len, config.max_in_flight, config.max_reported)
-        if min(limits) < 1:
+        if min(*limits, config.pipeline_stages) < 1:
             raise InternalError(f"every limit of a scheduler must be at least 1: {config}")
         prefix_cache = config.prefix_cache and pool.prefix_cache
         self._pool = pool
@@ -65,9 +75,18 @@ class Scheduler:
         self._order = order
         self._phases = Phases(pool, config.return_preempted)
         self._preempted: list[PreemptedEvent] = []
-        self._batcher = Batcher(pool, self._phases, config.max_num_seqs, config.watermark, prefix_cache, self._preempted)
+        batch_limits = Limits(
+            config.max_num_seqs,
+            config.watermark,
+            config.pipeline_stages,
+            config.max_context,
+            config.phases_apart,
+            config.eager_pipeline,
+        )
+        self._batcher = Batcher(pool, self._phases, batch_limits, prefix_cache, self._preempted)
         self._committer = Committer(pool, self._phases, prefix_cache)
-        self._uncommitted: deque[tuple[StepPlan, list[SequenceState]]] = deque()
+        self._uncommitted: deque[InFlight] = deque()
+        self._max_in_flight = _max_in_flight(config)
         self._step = 0
         self._num_taken_in = 0
         self._disturbed = False  # whether the next plan may differ because of what is in flight, came or went
@@ -106,6 +125,11 @@ class Scheduler:
         sequence = self._phases.get(attempt)
         return self._just_ended.get(attempt) if sequence is None else sequence.info
 
+    def num_output(self, attempt: Attempt) -> int | None:
+        """Output tokens of a sequence that is here, those of earlier attempts among them."""
+        sequence = self._phases.get(attempt)
+        return None if sequence is None else sequence.num_output
+
     # ---- sequences come and go -----------------------------------------------------------------
 
     def add(self, spec: SequenceSpec, now: float) -> None:
@@ -128,8 +152,9 @@ class Scheduler:
         sequence = self._sequence(spec, [*known, first_token], now)
         sequence.blocks = tuple(blocks)
         sequence.num_computed = sequence.num_planned = len(known)
+        sequence.last_sampled_step = self._step  # its turn comes after all that wait for theirs
         self._phases.adopt(sequence)
-        self._committer.publish(sequence)
+        self._committer.publish(sequence, sequence.num_computed)
         self._disturbed = True
 
     def abort(self, attempt: Attempt) -> bool:
@@ -151,28 +176,30 @@ class Scheduler:
     # ---- plan, commit --------------------------------------------------------------------------
 
     def plan(self, now: float) -> StepPlan | None:
-        """The next step, or None: nothing can run now, or `max_in_flight` plans are uncommitted."""
-        if len(self._uncommitted) >= self._config.max_in_flight:
+        """The next step, or None: nothing can run now, or as many plans as may be are uncommitted."""
+        if len(self._uncommitted) >= self._max_in_flight:
             return None
         batch = Batch(self._step + 1, now, self._config.max_step_tokens, self._config.max_num_seqs, self._config.max_reported)
+        num_preempted = self._phases.num_preempted
         self._batcher.fill(batch)
-        self._disturbed = bool(self._uncommitted)
+        # With the blocks of whom this plan preempted the next one may start somebody.
+        self._disturbed = bool(self._uncommitted) or self._phases.num_preempted > num_preempted
         if not batch.rows:
             return None
         self._step = batch.step
         plan = StepPlan(batch.step, tuple(batch.rows))
-        self._uncommitted.append((plan, batch.sequences))
+        self._uncommitted.append(InFlight(plan, batch.sequences, batch.recurs))
         return plan
 
     def commit(self, plan: StepPlan, output: StepOutput, now: float) -> list[SequenceEvent]:
         """Take in what the oldest uncommitted plan computed. Returns its events, in the order of its rows."""
-        sequences = self._oldest(plan)
-        check_output(plan, sequences, output)
+        entry = self._oldest(plan)
+        check_output(plan, entry.sequences, output)
         self._uncommitted.popleft()
         self._just_ended = {}
         events: list[SequenceEvent] = []
-        for sequence, row, answer in zip(sequences, plan.rows, output.rows, strict=True):
-            made = self._committer.commit_row(sequence, row, answer)
+        for sequence, row, answer in zip(entry.sequences, plan.rows, output.rows, strict=True):
+            made = self._committer.commit_row(sequence, row, answer, entry.ahead)
             if made and sequence.phase is Phase.ENDED:
                 self._just_ended[sequence.attempt] = sequence.info
             events += made
@@ -181,9 +208,9 @@ class Scheduler:
     def fail(self, plan: StepPlan) -> list[Attempt]:
         """The executor failed on the oldest uncommitted plan: its sequences are given up. Returns those that were here still."""
         given_up = []
-        sequences = self._oldest(plan)
+        entry = self._oldest(plan)
         self._uncommitted.popleft()
-        for sequence in sequences:
+        for sequence in entry.sequences:
             if sequence.phase is not Phase.ENDED:
                 self._phases.end(sequence)
                 given_up.append(sequence.attempt)
@@ -197,24 +224,59 @@ class Scheduler:
         self._preempted.clear()
         return events
 
+    # ---- many decode steps at once, for simulators ---------------------------------------------
+
     def repeatable(self, plan: StepPlan) -> int:
         """How many steps in a row consist of this plan's rows, each one token further on, if no event and no stop token comes.
 
         Asked before `plan` is committed. At least 1: the plan itself; and 1 for a plan that was made ahead of a commit.
         """
-        if not self._uncommitted or self._uncommitted[-1][0] is not plan or self._disturbed:
+        if self._disturbed or not self._uncommitted:
             return 1
-        sequences = self._uncommitted[-1][1]
-        if not all(row.sample and row.num_tokens == 1 for row in plan.rows) or any(s.spec.hand_over for s in sequences):
+        entry = self._uncommitted[-1]
+        if entry.plan is not plan or not entry.recurs:
             return 1
-        has_seat = len(self._phases.running) < self._config.max_num_seqs
-        return num_repeats(plan, sequences, self._pool, until_publish=self.num_waiting > 0 and has_seat)
+        if self._config.max_context and len(entry.sequences) < self.num_running:
+            return 1  # others take their turn
+        repeats = num_repeats(entry.sequences, self._pool, until_publish=self.num_waiting > 0 and self._has_seat)
+        return min(repeats, entry.repeats_within(self._config.max_context))
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether a sequence came or went, or a plan failed, since the latest plan; or that was made ahead of a commit."""
+        return self._disturbed
+
+    def recurs(self, plan: StepPlan) -> bool:
+        """Whether `plan`, the newest, consists of decode rows of sequences that go on here."""
+        return bool(self._uncommitted) and self._uncommitted[-1].plan is plan and self._uncommitted[-1].recurs
+
+    def advance(self, plan: StepPlan, steps: int, token: int) -> None:
+        """Take in `steps` (below `repeatable`) recurrences of `plan` in each of which every row sampled `token`.
+
+        Everything is as if they had been committed and planned again one by one. `plan` goes on standing for the step in
+        flight, although its rows are `steps` tokens further on by now.
+        """
+        entry = self._oldest(plan)
+        self._require_recurring(entry)
+        advance(entry.sequences, self._pool, self._committer, steps, token)
+        entry.ahead += steps
+        self._step += steps
+        self._just_ended = {}
+
+    def commit_decode(self, plan: StepPlan, token: int) -> list[SequenceEvent]:
+        """`commit` of a plan of decode rows that all sampled `token`. Of its events it returns those of sequences that leave."""
+        entry = self._oldest(plan)
+        self._require_recurring(entry)
+        self._uncommitted.popleft()
+        left = self._committer.commit_decode(entry.sequences, plan.rows, entry.ahead, token)
+        self._just_ended = {s.attempt: s.info for s, event in left if isinstance(event, TokenEvent) and event.finish is not None}
+        return [event for _, event in left]
 
     def check(self) -> None:
         """Raise InternalError unless the books are in order."""
         self._phases.check()
         self._pool.check()
-        in_flight = {sequence for _, sequences in self._uncommitted for sequence in sequences}
+        in_flight = {sequence for entry in self._uncommitted for sequence in entry.sequences}
         draining = sum(len(s.blocks) for s in in_flight if s.phase in (Phase.ENDED, Phase.LEAVING))
         if draining != self._phases.draining_blocks:
             raise InternalError(f"{self._phases.draining_blocks} blocks are expected from plans in flight, not {draining}")
@@ -233,7 +295,8 @@ class Scheduler:
             chain=HashChain(self._pool.block_size),
             tokens=tokens,
             added=now,
-            has_needs=spec.sampling.shaped or spec.sampling.prompt_logprobs is not None,
+            has_needs=spec.sampling.shaped or spec.sampling.prompt_logprobs is not None or spec.sampling.grammar is not None,
+            num_given=len(spec.prompt) + len(spec.output),
         )
 
     def _limit(self, spec: SequenceSpec) -> int:
@@ -259,8 +322,24 @@ class Scheduler:
                 field="max_tokens",
             )
 
-    def _oldest(self, plan: StepPlan) -> list[SequenceState]:
-        if not self._uncommitted or self._uncommitted[0][0] is not plan:
-            oldest = self._uncommitted[0][0].step if self._uncommitted else "none"
+    @property
+    def _has_seat(self) -> bool:
+        """Whether a waiting sequence may start as far as the number of those that run is concerned."""
+        return len(self._phases.running) < self._config.max_num_seqs
+
+    @staticmethod
+    def _require_recurring(entry: InFlight) -> None:
+        if not entry.recurs:
+            raise InternalError(f"plan {entry.plan.step} holds more than decode rows: it does not recur")
+
+    def _oldest(self, plan: StepPlan) -> InFlight:
+        if not self._uncommitted or self._uncommitted[0].plan is not plan:
+            oldest = self._uncommitted[0].plan.step if self._uncommitted else "none"
             raise InternalError(f"plan {plan.step} cannot be committed now: the oldest uncommitted plan is {oldest}")
-        return self._uncommitted[0][1]
+        return self._uncommitted[0]
+
+
+def _max_in_flight(config: SchedulerConfig) -> int:
+    if config.pipeline_stages == 1:
+        return config.max_in_flight
+    return sys.maxsize if config.eager_pipeline else config.pipeline_stages

@@ -59,9 +59,11 @@ class SequenceState:
     num_planned       the same, once every uncommitted plan has run
     num_placeholders  tokens that uncommitted plans will sample
     num_in_flight     uncommitted plans with a row of this sequence
-    last_sampled_step the last plan that samples for this sequence
+    last_sampled_step the last plan that samples for this sequence; before there is one, the last plan before it was adopted
+    place             its row in that plan, if it decoded; -1 before
     num_published     leading blocks that the prefix cache has been told of
-    has_needs         whether rows may carry `RowNeeds`: a plain sequence is not looked at again
+    has_needs         whether rows may carry `RowNeeds` or the output: a plain sequence is not looked at again
+    num_given         tokens that it came with, prompt and output: what follows was sampled here (or handed over with it)
     history_given     whether a row has told the executor of the tokens since the sequence started (over)
     prompt_logprobs   of the prompt tokens that are computed, until they leave with the first token
     """
@@ -81,10 +83,12 @@ class SequenceState:
     num_placeholders: int = 0
     num_in_flight: int = 0
     last_sampled_step: int = 0
+    place: int = -1
     num_published: int = 0
     cached_tokens: int = 0
     first_scheduled: float | None = None
     has_needs: bool = False
+    num_given: int = 0
     history_given: bool = False
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 

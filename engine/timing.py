@@ -37,15 +37,34 @@ class StepTimes:
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """Learn from a committed step that kept the device busy for `seconds`."""
+        if is_decode_only(plan):
+            self.observe_decode(seconds, seconds, 1)
+        else:
+            self.observe_prefill(plan.num_tokens, seconds)
+
+    def observe_prefill(self, num_tokens: int, seconds: float) -> None:
+        """Learn from a step that fed `num_tokens` tokens, not all of them for decode."""
         self.last_step = seconds
         if seconds <= 0:
             return
-        if is_decode_only(plan):
-            self.decode_step += (DECAY if self.decode_step else 1.0) * (seconds - self.decode_step)
-            return
-        keep = math.exp(-plan.num_tokens / MEMORY_TOKENS)
-        self._tokens = keep * self._tokens + plan.num_tokens
+        keep = math.exp(-num_tokens / MEMORY_TOKENS)
+        self._tokens = keep * self._tokens + num_tokens
         self._seconds = keep * self._seconds + max(seconds - self.decode_step, LEAST_SHARE * seconds)
+
+    def observe_decode(self, first: float, last: float, steps: int) -> None:
+        """Learn from `steps` decode steps in a row, whose seconds went evenly from `first` to `last`."""
+        self.last_step = last
+        if first <= 0 or last <= 0:
+            return
+        if steps > 1:  # the moving average of a ramp, in closed form
+            slope = (last - first) / (steps - 1)
+            if not self.decode_step:
+                self.decode_step, first, steps = first, first + slope, steps - 1
+            keep = (1.0 - DECAY) ** steps
+            lag = slope * ((1.0 - DECAY) * (1.0 - keep) / DECAY - steps * keep)
+            self.decode_step = keep * self.decode_step + last * (1.0 - keep) - lag
+        else:
+            self.decode_step += (DECAY if self.decode_step else 1.0) * (last - self.decode_step)
 
     def predict(self, plan: StepPlan) -> float:
         """Seconds that `plan` is expected to take; `FIRST_GUESS` when nothing like it was seen."""

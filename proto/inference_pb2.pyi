@@ -190,10 +190,12 @@ class StageTimes(_message.Message):
     def __init__(self, queue: _Optional[float] = ..., prefill: _Optional[float] = ..., handoff: _Optional[float] = ..., first_decode: _Optional[float] = ..., total: _Optional[float] = ..., attempts: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
-    __slots__ = ("request_id",)
+    __slots__ = ("request_id", "only_here")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ONLY_HERE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+    only_here: bool
+    def __init__(self, request_id: _Optional[str] = ..., only_here: _Optional[bool] = ...) -> None: ...
 
 class AbortResponse(_message.Message):
     __slots__ = ("found",)

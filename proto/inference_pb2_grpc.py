@@ -73,7 +73,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a running request. Safe to call for one that is over.
+        """Ends a running request, whichever router of the cluster serves it. Safe to call for one that is over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

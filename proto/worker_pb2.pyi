@@ -283,15 +283,17 @@ class PreemptedAttempt(_message.Message):
     def __init__(self, attempt: _Optional[_Union[AttemptId, _Mapping]] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("worker_epoch", "interval")
+    __slots__ = ("worker_epoch", "interval", "router_id")
     WORKER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     worker_epoch: int
     interval: float
-    def __init__(self, worker_epoch: _Optional[int] = ..., interval: _Optional[float] = ...) -> None: ...
+    router_id: str
+    def __init__(self, worker_epoch: _Optional[int] = ..., interval: _Optional[float] = ..., router_id: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("step", "in_step", "predicted_step", "prefill_rate", "decode_step", "num_waiting", "num_running", "free_blocks", "total_blocks", "quarantined_blocks", "tickets", "draining")
+    __slots__ = ("step", "in_step", "predicted_step", "prefill_rate", "decode_step", "num_waiting", "num_running", "free_blocks", "total_blocks", "quarantined_blocks", "tickets", "draining", "others_assigned", "others_pending_tokens", "others_context_tokens")
     STEP_FIELD_NUMBER: _ClassVar[int]
     IN_STEP_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -304,6 +306,9 @@ class Heartbeat(_message.Message):
     QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TICKETS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_ASSIGNED_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_PENDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     step: int
     in_step: bool
     predicted_step: float
@@ -316,10 +321,13 @@ class Heartbeat(_message.Message):
     quarantined_blocks: int
     tickets: int
     draining: bool
-    def __init__(self, step: _Optional[int] = ..., in_step: _Optional[bool] = ..., predicted_step: _Optional[float] = ..., prefill_rate: _Optional[float] = ..., decode_step: _Optional[float] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., tickets: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    others_assigned: int
+    others_pending_tokens: int
+    others_context_tokens: int
+    def __init__(self, step: _Optional[int] = ..., in_step: _Optional[bool] = ..., predicted_step: _Optional[float] = ..., prefill_rate: _Optional[float] = ..., decode_step: _Optional[float] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., tickets: _Optional[int] = ..., draining: _Optional[bool] = ..., others_assigned: _Optional[int] = ..., others_pending_tokens: _Optional[int] = ..., others_context_tokens: _Optional[int] = ...) -> None: ...
 
 class Registration(_message.Message):
-    __slots__ = ("worker", "role", "address", "pid", "host", "http_address", "metrics_address")
+    __slots__ = ("worker", "role", "address", "pid", "host", "http_address", "metrics_address", "shared_address", "shared_http_address")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -327,6 +335,8 @@ class Registration(_message.Message):
     HOST_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     worker: WorkerId
     role: str
     address: str
@@ -334,7 +344,9 @@ class Registration(_message.Message):
     host: str
     http_address: str
     metrics_address: str
-    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., http_address: _Optional[str] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    shared_address: str
+    shared_http_address: str
+    def __init__(self, worker: _Optional[_Union[WorkerId, _Mapping]] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., http_address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., shared_address: _Optional[str] = ..., shared_http_address: _Optional[str] = ...) -> None: ...
 
 class Registered(_message.Message):
     __slots__ = ("accepted", "reason")
@@ -351,12 +363,14 @@ class WatchRequest(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class Roster(_message.Message):
-    __slots__ = ("workers", "dead")
+    __slots__ = ("workers", "dead", "routers")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     DEAD_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[Registration]
     dead: _containers.RepeatedCompositeFieldContainer[WorkerId]
-    def __init__(self, workers: _Optional[_Iterable[_Union[Registration, _Mapping]]] = ..., dead: _Optional[_Iterable[_Union[WorkerId, _Mapping]]] = ...) -> None: ...
+    routers: _containers.RepeatedCompositeFieldContainer[Registration]
+    def __init__(self, workers: _Optional[_Iterable[_Union[Registration, _Mapping]]] = ..., dead: _Optional[_Iterable[_Union[WorkerId, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[Registration, _Mapping]]] = ...) -> None: ...
 
 class KillRequest(_message.Message):
     __slots__ = ("worker", "reason")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -76,6 +76,10 @@ class MembershipOwner(Protocol):
         ...
 
     def membership_changed(self) -> None: ...
+
+    def routers_changed(self, routers: Iterable[pb.Registration]) -> None:
+        """The routers on the latest roster."""
+        ...
 
 
 class Membership:
@@ -188,11 +192,12 @@ class Membership:
 
     def update_roster(self, roster: pb.Roster) -> None:
         """Dial who is new, give up who is dead."""
+        self._owner.routers_changed(roster.routers)
         roles = {role.value: role for role in Role}
         alive = set()
         for registration in roster.workers:
             role = roles.get(registration.role)
-            if role is None:  # another router
+            if role is None:  # of a newer release
                 continue
             ref = worker_from(registration.worker)
             alive.add(ref)

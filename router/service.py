@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 from collections import deque
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,7 @@ from . import events as ev
 from .intake import TokenIntake
 from .membership import Membership
 from .outcome import error_of, finish_of, record_of
+from .peers import Peers, id_prefix
 from .roster import ControllerLink
 from .sequence import Sequence
 from .stream import Stream, Submission
@@ -59,6 +61,9 @@ class RouterService:
         tape: Tape | None = None,
     ) -> None:
         self._options = options
+        own = WorkerRef(options.router_id, options.epoch)
+        self._id_prefix = id_prefix(own)
+        self.peers = Peers(own)
         self._brain = brain
         self._clock = clock
         self._metrics = metrics
@@ -114,6 +119,7 @@ class RouterService:
         await self.membership.flush(FLUSH_TIMEOUT)
         self._timers.close()
         await self.membership.close()
+        await self.peers.close()
 
     # ---- for the faces ---------------------------------------------------------------------------
 
@@ -124,7 +130,7 @@ class RouterService:
         if submission.client_id and submission.client_id in self._by_client_id:
             raise InvalidRequest(f"request_id {submission.client_id!r} is in use by a running request", "request_id")
         self._counter += 1
-        stream = Stream(f"{self._options.router_id}-{self._options.epoch:x}-{self._counter}", submission, self._stop)
+        stream = Stream(f"{self._id_prefix}{self._counter}", submission, self._stop)
         self._streams[stream.id] = stream
         self._idle.clear()
         if submission.client_id:
@@ -144,7 +150,7 @@ class RouterService:
         return stream
 
     def abort(self, request_id: str) -> bool:
-        """End a running request by the client's or the router's name for it. False when there is none."""
+        """End a running request of this router by the client's or the router's name for it. False when there is none."""
         stream = self._streams.get(self._by_client_id.get(request_id, request_id))
         if stream is None:
             return False
@@ -335,6 +341,9 @@ class RouterService:
 
     def membership_changed(self) -> None:
         self.changed.set()
+
+    def routers_changed(self, routers: Iterable[pb.Registration]) -> None:
+        self.peers.update(routers)
 
     def attempt_failed(self, worker: WorkerRef, attempt: Attempt, kind: str, report: pb.AttemptFailed) -> None:
         self._trouble(worker, attempt, kind)

@@ -52,7 +52,7 @@ def _predicted(flight: Flight) -> float | None:
         case Stage.PREFILL:
             worker = (flight.source or target).worker
             load = worker.load
-            queue = worker.pending_tokens / load.prefill_rate if load.prefill_rate > 0.0 else 0.0
+            queue = worker.queued_tokens / load.prefill_rate if load.prefill_rate > 0.0 else 0.0
             return queue + load.predicted_step
         case Stage.HANDOVER:
             steps = target.worker.load.predicted_step

@@ -85,6 +85,9 @@ def load_from(message: pb.Heartbeat) -> WorkerLoad:
         total_blocks=message.total_blocks,
         quarantined_blocks=message.quarantined_blocks,
         tickets=message.tickets,
+        others_assigned=message.others_assigned,
+        others_pending_tokens=message.others_pending_tokens,
+        others_context_tokens=message.others_context_tokens,
     )
 
 

@@ -185,9 +185,10 @@ class WorkerClient:
 
     async def _listen(self, stub: rpc.WorkerStub) -> None:
         """Heartbeats, for as long as the control stream is up. Their absence is judged by the health monitor."""
+        router_id = self._hello.hello.router_id
+        request = pb.HeartbeatRequest(worker_epoch=self.ref.epoch, interval=HEARTBEAT_INTERVAL, router_id=router_id)
         while True:
             try:
-                request = pb.HeartbeatRequest(worker_epoch=self.ref.epoch, interval=HEARTBEAT_INTERVAL)
                 async for message in stub.Heartbeats(request):
                     self._listener.heartbeat(self, message)
             except grpc.aio.AioRpcError as error:

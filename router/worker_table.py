@@ -15,7 +15,7 @@ from ..core.view import ClusterView, Role, WorkerLoad, WorkerView
 
 
 class Worker:
-    """One live worker: what it reported, and what the router has placed on it.
+    """One live worker: what it reported, and what this router has placed on it.
 
     assigned    ids of the requests placed on it, in the order they came
     leased      attempts whose leases at this worker the router renews
@@ -56,6 +56,11 @@ class Worker:
         self._view = None
         self._pool.views = None
 
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens to be prefilled here, whichever router placed them."""
+        return self.pending_tokens + self.load.others_pending_tokens
+
     def view(self) -> WorkerView:
         if self._view is None:
             self._view = WorkerView(
@@ -63,9 +68,9 @@ class Worker:
                 role=self.role,
                 block_size=self.block_size,
                 load=self.load,
-                num_assigned=len(self.assigned),
-                pending_tokens=self.pending_tokens,
-                context_tokens=self.context_tokens,
+                num_assigned=len(self.assigned) + self.load.others_assigned,
+                pending_tokens=self.queued_tokens,
+                context_tokens=self.context_tokens + self.load.others_context_tokens,
                 draining=self.draining,
             )
         return self._view

@@ -19,9 +19,12 @@ class PoolSetup:
 
     cost             prices its steps; `cost.stages` is its pipeline parallelism
     num_blocks       KV blocks of a worker (of each of its ranks)
-    max_context      tokens that the sequences of one step may hold together; 0 is no limit. Only for the comparison with
-                     simulators that cap a decode batch so
+    max_context      tokens that the sequences of one step may hold together; all take turns then. 0 is no limit. Only for the
+                     comparison with simulators that cap a decode batch so
+    phases_apart     a step prefills or decodes, never both, and prefill goes first: colocated engines without chunked prefill
+    eager_pipeline   pipeline stages take whatever is ready, however many steps are under way: simulators without micro-batches
     overhead         seconds of host work per step during which the device idles, beyond what `cost` says
+    token_overhead   the same per token of context of the step's rows; it and `overhead` precede the first pipeline stage alone
     node             workers on one node share its links: worker i of the pool is on node `nodes[i]`; empty puts each
                      on a node of its own
     """
@@ -37,7 +40,10 @@ class PoolSetup:
     ordering: str = "fcfs"
     prefix_cache: bool = False
     max_context: int = 0
+    phases_apart: bool = False
+    eager_pipeline: bool = False
     overhead: float = 0.0
+    token_overhead: float = 0.0
     nodes: tuple[int, ...] = ()
 
 

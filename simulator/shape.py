@@ -42,7 +42,8 @@ def shape_of(plan: StepPlan) -> StepShape:
     """The shape of a plan."""
     prefill_rows = prefill_tokens = prefill_pairs = prefill_context = decode_rows = decode_context = sampled = 0
     for row in plan.rows:
-        fed, end = row.num_tokens, row.end
+        fed = 1 if row.pending else len(row.tokens)
+        end = row.start + fed
         sampled += row.sample
         if fed == 1 and row.output_index > 0:
             decode_rows += 1

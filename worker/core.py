@@ -36,7 +36,7 @@ class WorkerCore:
 
     def add(self, spec: SequenceSpec, session: Session) -> bool:
         """Queue a sequence to be prefilled here. Returns False (and reports the failure) when it can never run."""
-        self.sessions.own(spec.attempt, session)
+        self.sessions.own(spec.attempt, session, len(spec.known_tokens), to_prefill=True)
         try:
             self.engine.scheduler.add(spec, self.clock.now())
         except BatonError as error:
@@ -132,6 +132,7 @@ class WorkerCore:
         if event.attempt not in self._without_token:
             return tokens_to(event, 0.0, 0)
         self._without_token.discard(event.attempt)
+        self.sessions.prefilled(event.attempt)
         info = self.engine.scheduler.info(event.attempt)
         now = self.clock.now()
         started = now if info is None or info.first_scheduled is None else info.first_scheduled

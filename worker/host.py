@@ -186,7 +186,7 @@ class WorkerHost(rpc.WorkerServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this is {self._ref}, not epoch {request.worker_epoch:x}")
             return
         while True:
-            yield heartbeat_to(self._member.load(), self._draining)
+            yield heartbeat_to(self._sessions.beside(request.router_id, self._member.load()), self._draining)
             await asyncio.sleep(max(0.05, request.interval or 0.5))
 
     async def _reap(self) -> None:

@@ -67,6 +67,9 @@ def heartbeat_to(load: WorkerLoad, draining: bool) -> pb.Heartbeat:
         quarantined_blocks=load.quarantined_blocks,
         tickets=load.tickets,
         draining=draining,
+        others_assigned=load.others_assigned,
+        others_pending_tokens=load.others_pending_tokens,
+        others_context_tokens=load.others_context_tokens,
     )
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..core.request import Attempt
+from ..core.view import WorkerLoad
 from ..proto import worker_pb2 as pb
 
 MAX_MORE = 64  # messages that travel with another one
@@ -19,12 +20,17 @@ MAX_MORE = 64  # messages that travel with another one
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One control stream of one router."""
+    """One control stream of one router.
+
+    attempts    what it asked for and is here still, each with the tokens that were known of it when it came
+    to_prefill  those whose known tokens are still to be prefilled here
+    """
 
     router_id: str
     router_epoch: int
     outgoing: asyncio.Queue[pb.WorkerMessage] = field(default_factory=asyncio.Queue)
-    attempts: set[Attempt] = field(default_factory=set)
+    attempts: dict[Attempt, int] = field(default_factory=dict)
+    to_prefill: set[Attempt] = field(default_factory=set)
     broken_at: float | None = None
 
     def send(self, message: pb.WorkerMessage) -> None:
@@ -65,22 +71,32 @@ class Sessions:
         for attempt in left:
             self._owner.pop(attempt, None)
         session.attempts.clear()
+        session.to_prefill.clear()
         return left
 
     def expired(self, now: float, grace: float) -> list[Session]:
         """Sessions whose stream broke more than `grace` seconds ago."""
         return [s for s in self._sessions if s.broken_at is not None and now - s.broken_at >= grace]
 
-    def own(self, attempt: Attempt, session: Session) -> None:
-        """`session` asked for `attempt`."""
+    def own(self, attempt: Attempt, session: Session, num_tokens: int, to_prefill: bool) -> None:
+        """`session` asked for `attempt`, of which `num_tokens` tokens are known; `to_prefill` when that happens here."""
         self._owner[attempt] = session
-        session.attempts.add(attempt)
+        session.attempts[attempt] = num_tokens
+        if to_prefill:
+            session.to_prefill.add(attempt)
+
+    def prefilled(self, attempt: Attempt) -> None:
+        """The known tokens of the attempt are prefilled."""
+        session = self._owner.get(attempt)
+        if session is not None:
+            session.to_prefill.discard(attempt)
 
     def disown(self, attempt: Attempt) -> None:
         """The attempt has left this worker."""
         session = self._owner.pop(attempt, None)
         if session is not None:
-            session.attempts.discard(attempt)
+            session.attempts.pop(attempt, None)
+            session.to_prefill.discard(attempt)
 
     def owner(self, attempt: Attempt) -> Session | None:
         return self._owner.get(attempt)
@@ -90,3 +106,15 @@ class Sessions:
         session = self._owner.get(attempt)
         if session is not None:
             session.send(message)
+
+    def beside(self, router_id: str, load: WorkerLoad) -> WorkerLoad:
+        """`load` as router `router_id` is told of it: with what all the others have here."""
+        others = [session for session in self._sessions if session.router_id != router_id and session.attempts]
+        if not others:
+            return load
+        return replace(
+            load,
+            others_assigned=sum(len(session.attempts) for session in others),
+            others_pending_tokens=sum(session.attempts[attempt] for session in others for attempt in session.to_prefill),
+            others_context_tokens=sum(sum(session.attempts.values()) for session in others),
+        )

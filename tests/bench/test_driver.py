@@ -8,7 +8,7 @@ import time
 import pytest
 from baton.bench.driver import Exchange, RequestFailed, run_load
 from baton.bench.records import LoadProgress
-from baton.bench.workload import PlannedRequest
+from baton.simulator.workload.planned import PlannedRequest
 
 NEVER = 10**9
 

@@ -12,10 +12,10 @@ import pytest
 from baton.bench.driver import run_load
 from baton.bench.grpc_target import GrpcTarget, ServedModel, ask_model
 from baton.bench.prompts import PromptSource
-from baton.bench.workload import PlannedRequest
 from baton.core.errors import Unavailable
 from baton.proto import inference_pb2 as pb
 from baton.proto import inference_pb2_grpc as rpc
+from baton.simulator.workload.planned import PlannedRequest
 
 
 @dataclass

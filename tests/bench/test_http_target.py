@@ -10,8 +10,8 @@ from baton.bench.driver import Exchange, RequestFailed, run_load, warm_up
 from baton.bench.http_target import HttpAddress, HttpTarget, ask_models
 from baton.bench.prompts import PromptSource
 from baton.bench.records import RequestRecord
-from baton.bench.workload import PlannedRequest
 from baton.core.errors import InvalidRequest, Unavailable
+from baton.simulator.workload.planned import PlannedRequest
 
 from .conftest import Call, FakeServer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from baton.bench.prompts import WORDS, PromptSource
-from baton.bench.workload import PlannedRequest
+from baton.simulator.workload.planned import PlannedRequest
 
 
 def planned(index: int, length: int, *block_ids: int) -> PlannedRequest:

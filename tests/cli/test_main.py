@@ -10,7 +10,7 @@ import pytest
 from baton.cli.main import app
 from typer.testing import CliRunner, Result
 
-VERBS = ("up", "down", "status", "chat", "bench", "demo", "make-model")
+VERBS = ("up", "down", "status", "chat", "bench", "demo", "simulate", "make-model")
 
 
 @pytest.fixture

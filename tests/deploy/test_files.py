@@ -54,9 +54,10 @@ def test_panels_do_not_overlap() -> None:
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
-def test_prometheus_scrapes_the_router_of_the_example() -> None:
+def test_prometheus_asks_the_router_of_the_example_whom_to_scrape() -> None:
     (job,) = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())["scrape_configs"]
-    assert job["static_configs"][0]["targets"] == [load_topology(ROOT / "examples" / "local.yaml").router.http]
+    http = load_topology(ROOT / "examples" / "local.yaml").router.http
+    assert [discovery["url"] for discovery in job["http_sd_configs"]] == [f"http://{http}/metrics/targets"]
 
 
 def test_ray_takes_the_cluster_file() -> None:

@@ -38,6 +38,23 @@ def test_each_is_told_its_own_part():
     assert TypeAdapter(RouterConfig).validate_json(specs[4].config_json) == RouterConfig("router-0", TOPOLOGY, "127.0.0.1:5")
 
 
+def test_several_routers_share_everything_but_their_draws_and_tapes():
+    router = replace(TOPOLOGY.router, grpc="0.0.0.0:8900", replicas=3, seed=2**63 - 2, tape="/tapes/chat")
+    specs = member_specs(replace(TOPOLOGY, router=router), "127.0.0.1:5", Path("/logs"))[4:]
+    assert [(s.member_id, s.role, s.log_path) for s in specs] == [
+        (f"router-{index}", "router", f"/logs/router-{index}.log") for index in range(3)
+    ]
+    configs = [TypeAdapter(RouterConfig).validate_json(spec.config_json) for spec in specs]
+    assert [config.router_id for config in configs] == ["router-0", "router-1", "router-2"]
+    assert [config.topology.router.seed for config in configs] == [2**63 - 2, 2**63 - 1, 0]
+    assert [config.topology.router.tape for config in configs] == ["/tapes/chat.0", "/tapes/chat.1", "/tapes/chat.2"]
+    same = {replace(config.topology.router, seed=None, tape=None) for config in configs}
+    assert same == {replace(router, seed=None, tape=None)}
+    unseeded = member_specs(replace(TOPOLOGY, router=replace(router, seed=None, tape=None)), "127.0.0.1:5", Path("/logs"))[4:]
+    routers = [TypeAdapter(RouterConfig).validate_json(spec.config_json).topology.router for spec in unseeded]
+    assert {(each.seed, each.tape) for each in routers} == {(None, None)}
+
+
 def test_a_free_port_once_found_is_kept():
     config = TypeAdapter(RouterConfig).dump_json(RouterConfig("router-0", TOPOLOGY, "127.0.0.1:5")).decode()
     pinned = TypeAdapter(RouterConfig).validate_json(pin_router_ports(config, "127.0.0.1:4242", "127.0.0.1:8000"))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from baton.core.step import StepPlan
+import pytest
+from baton.core.errors import InternalError
+from baton.core.step import RowOutput, SequenceEvent, StepOutput, StepPlan, TokenEvent
+from baton.engine.scheduler import Scheduler
 from baton.tests.engine.fake_device import token_of
 from baton.tests.engine.rig import Rig
 from hypothesis import given, settings
@@ -147,3 +151,94 @@ def test_a_plan_recurs_as_often_as_forecast(
         rig.commit()
     assert ahead == forecast
     rig.assert_idle()
+
+
+# ---- many steps at once ---------------------------------------------------------------------------------
+
+
+TOKEN = 5  # what every step samples; prompts are made of other tokens, and of this one, so that prefixes may meet
+
+
+def fill(rig: Rig, prompts: Sequence[tuple[int, int, int]]) -> None:
+    """Adopt sequences of (tokens of the prompt, output tokens wanted, kind of the prompt), as long as there is room."""
+    for index, (length, max_tokens, kind) in enumerate(prompts):
+        spec = rig.spec(f"s{index}", (TOKEN if kind == 2 else kind,) * length, max_tokens=max_tokens)
+        need = rig.pool.num_blocks_for(length) + 1
+        if rig.pool.num_free >= need:
+            rig.scheduler.adopt(spec, rig.pool.allocate(need) or (), TOKEN, rig.now)
+
+
+def step(scheduler: Scheduler, plan: StepPlan, now: float) -> list[SequenceEvent]:
+    return scheduler.commit(plan, StepOutput(plan.step, (RowOutput((TOKEN,)),) * len(plan.rows)), now)
+
+
+@given(
+    prompts=st.lists(st.tuples(st.integers(1, 20), st.integers(2, 20), st.integers(1, 2)), min_size=1, max_size=6),
+    num_blocks=st.integers(11, 40),
+    prefix_cache=st.booleans(),
+    share=st.floats(0, 1),
+)
+def test_many_steps_at_once_leave_what_single_steps_leave(
+    prompts: list[tuple[int, int, int]], num_blocks: int, prefix_cache: bool, share: float
+) -> None:
+    many, single = (Rig(num_blocks, return_preempted=True, prefix_cache=prefix_cache) for _ in range(2))
+    fill(many, prompts)
+    fill(single, prompts)
+    for _ in range(200):
+        plan, one = many.scheduler.plan(0.0), single.scheduler.plan(0.0)
+        assert plan == one
+        assert many.scheduler.take_events() == single.scheduler.take_events()
+        if plan is None or one is None:
+            break
+        repeats = many.scheduler.repeatable(plan)
+        assert many.scheduler.recurs(plan)
+        ahead = round(share * (repeats - 1))
+        many.scheduler.advance(plan, ahead, TOKEN)
+        for _ in range(ahead):
+            assert not any(isinstance(event, TokenEvent) and event.finish for event in step(single.scheduler, one, 0.0))
+            one = single.scheduler.plan(0.0)
+            assert one is not None
+        assert many.scheduler.repeatable(plan) == single.scheduler.repeatable(one)
+        assert many.pool.snapshot() == single.pool.snapshot()
+        many.scheduler.check()
+        for row in plan.rows:
+            assert many.scheduler.info(row.attempt) == single.scheduler.info(row.attempt)
+            assert many.scheduler.num_output(row.attempt) == single.scheduler.num_output(row.attempt)
+        left = [event for event in step(single.scheduler, one, 0.0) if single.scheduler.num_output(event.attempt) is None]
+        assert many.scheduler.commit_decode(plan, TOKEN) == left
+        assert many.pool.snapshot() == single.pool.snapshot()
+    assert not many.scheduler.has_work
+
+
+def test_an_advanced_plan_is_committed_like_any_other() -> None:
+    rig = Rig()
+    fill(rig, [(5, 20, 1)])
+    plan = rig.scheduler.plan(0.0)
+    assert plan is not None
+    rig.scheduler.advance(plan, 3, TOKEN)
+    (event,) = step(rig.scheduler, plan, 0.0)
+    assert isinstance(event, TokenEvent)
+    assert event.position == 4
+    rig.scheduler.check()
+
+
+def test_a_plan_with_prompts_cannot_be_advanced() -> None:
+    rig = Rig()
+    rig.add(rig.spec("a", range(5)))
+    plan = rig.scheduler.plan(0.0)
+    assert plan is not None
+    assert not rig.scheduler.recurs(plan)
+    with pytest.raises(InternalError, match="does not recur"):
+        rig.scheduler.advance(plan, 1, TOKEN)
+    with pytest.raises(InternalError, match="does not recur"):
+        rig.scheduler.commit_decode(plan, TOKEN)
+
+
+def test_a_plan_cannot_be_advanced_beyond_its_blocks() -> None:
+    rig = Rig(num_blocks=8)
+    fill(rig, [(5, 20, 1), (5, 20, 1)])
+    plan = rig.scheduler.plan(0.0)
+    assert plan is not None
+    repeats = rig.scheduler.repeatable(plan)
+    with pytest.raises(InternalError, match="cannot grow"):
+        rig.scheduler.advance(plan, repeats, TOKEN)

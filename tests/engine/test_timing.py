@@ -63,3 +63,14 @@ def test_a_step_without_a_time_teaches_nothing() -> None:
     times = StepTimes()
     times.observe(plan(10), 0.0)
     assert (times.prefill_rate, times.decode_step) == (0.0, 0.0)
+
+
+def test_a_ramp_of_decode_steps_teaches_what_its_steps_teach_one_by_one() -> None:
+    for first, last, steps, before in ((0.01, 0.03, 7, 0.02), (0.03, 0.01, 50, 0.0), (0.02, 0.02, 2, 0.0), (0.01, 0.02, 1, 0.05)):
+        at_once, one_by_one = StepTimes(decode_step=before), StepTimes(decode_step=before)
+        at_once.observe_decode(first, last, steps)
+        for step in range(steps):
+            seconds = last if steps == 1 else first + (last - first) * step / (steps - 1)
+            one_by_one.observe_decode(seconds, seconds, 1)
+        assert at_once.decode_step == pytest.approx(one_by_one.decode_step, rel=1e-12)
+        assert at_once.last_step == pytest.approx(one_by_one.last_step)

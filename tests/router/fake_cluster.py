@@ -262,6 +262,7 @@ class FakeController(rpc.ControllerServicer):
 
     def __post_init__(self) -> None:
         self.roster = pb.Roster()
+        self.routers: list[pb.Registration] = []
         self.registered: list[pb.Registration] = []
         self.killed: list[pb.KillRequest] = []
         self.address = ""
@@ -284,15 +285,29 @@ class FakeController(rpc.ControllerServicer):
         self.roster = pb.Roster(
             workers=[worker.registration() for worker in workers],
             dead=[pb.WorkerId(worker_id=ref.worker_id, epoch=ref.epoch) for ref in dead],
+            routers=self.routers,
         )
-        for changed in self._changed:
-            changed.set()
+        self._tell()
 
     async def Register(self, request: pb.Registration, context: grpc.aio.ServicerContext):  # noqa: N802
         self.registered.append(request)
         self.registration.set()
         yield pb.Registered(accepted=True)
-        await asyncio.Event().wait()
+        self._list(*self.routers, request)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self._list(*(router for router in self.routers if router != request))
+
+    def _list(self, *routers: pb.Registration) -> None:
+        """These routers are alive."""
+        self.routers = list(routers)
+        self.roster = pb.Roster(workers=self.roster.workers, dead=self.roster.dead, routers=routers)
+        self._tell()
+
+    def _tell(self) -> None:
+        for changed in self._changed:
+            changed.set()
 
     async def Watch(self, request: pb.WatchRequest, context: grpc.aio.ServicerContext):  # noqa: N802
         changed = asyncio.Event()

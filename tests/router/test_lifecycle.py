@@ -52,6 +52,25 @@ def test_messages_of_the_two_workers_come_in_any_order(order: tuple[int, ...]) -
     assert driver.says(ev.Finished, D0, R1) == [ev.Complete("r")]
 
 
+def test_what_other_routers_have_placed_counts_too() -> None:
+    """As each heartbeat tells it, beside this router's own share, for every decision."""
+    driver = Driver("p0", "p1", "d0", "d1", routing="least_loaded")
+    driver.report(P0, prefill_rate=100.0, others_assigned=2, others_pending_tokens=900, others_context_tokens=950)
+    driver.report(D1, others_assigned=3, others_context_tokens=800)
+    assert without_timers(driver.arrive()) == [ev.SendReserve(D0, R1, P1), ev.SendPrefill(P1, R1, D0)]
+    assert (driver.counters(P0), driver.counters(D1)) == ((2, 900, 950), (3, 0, 800))
+    driver.report(P0, prefill_rate=100.0)
+    assert driver.counters(P0) == (0, 0, 0)
+
+
+def test_a_prefill_behind_those_of_other_routers_may_take_longer() -> None:
+    driver = Driver("p0", "d0", stage_floor=2.0, stage_factor=3.0)
+    driver.report(P0, prefill_rate=16.0, others_pending_tokens=160)
+    assert driver.arrive()[-1] == ev.SetTimer(
+        ev.Timer("stage", "r", 1, "prefill"), 36.0
+    )  # 3 x (160 + 32) tokens at 16 per second
+
+
 def test_a_grant_after_the_handover_goes_nowhere() -> None:
     driver = Driver("p0", "d0")
     driver.arrive()

@@ -32,6 +32,8 @@ class Owner:
 
     def membership_changed(self) -> None: ...
 
+    def routers_changed(self, routers: object) -> None: ...
+
 
 class Link:
     def __init__(self) -> None:

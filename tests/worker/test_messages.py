@@ -4,9 +4,10 @@ from dataclasses import fields
 
 from baton.core.request import Attempt, FinishReason, Request, SamplingParams, TokenLogprob
 from baton.core.step import TokenEvent
+from baton.core.view import WorkerLoad
 from baton.proto import worker_pb2 as pb
-from baton.router.wire import run_from, spec_to
-from baton.worker.messages import attempt_from, attempt_to, spec_from, tokens_to
+from baton.router.wire import load_from, run_from, spec_to
+from baton.worker.messages import attempt_from, attempt_to, heartbeat_to, spec_from, tokens_to
 
 
 def test_a_sequence_arrives_as_it_was_sent() -> None:
@@ -63,6 +64,12 @@ def test_every_parameter_crosses_the_wire() -> None:
         wire = pb.SequenceSpec.FromString(spec_to(Attempt("r", 1), request, output, 2.0).SerializeToString())
         assert spec_from(wire, 2.0, False).sampling == sampling
         assert spec_from(wire, 2.0, False).output == output
+
+
+def test_a_load_report_crosses_the_wire_whole() -> None:
+    load = WorkerLoad(3, True, 0.5, 100.0, 0.02, 4, 5, 6, 7, 8, 9, 10, 11, 12)
+    assert all(getattr(load, each.name) != getattr(WorkerLoad(), each.name) for each in fields(WorkerLoad))
+    assert load_from(pb.Heartbeat.FromString(heartbeat_to(load, draining=False).SerializeToString())) == load
 
 
 def test_prompt_logprobs_cross_the_wire() -> None:

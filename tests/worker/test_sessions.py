@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from baton.core.request import Attempt
+from baton.core.view import WorkerLoad
 from baton.proto import worker_pb2 as pb
 from baton.worker.sessions import MAX_MORE, Sessions
 
@@ -11,8 +12,8 @@ def test_messages_go_to_the_router_that_asked() -> None:
     sessions = Sessions()
     first, _ = sessions.open("router-0", 1)
     second, _ = sessions.open("router-1", 1)
-    sessions.own(ONE, first)
-    sessions.own(TWO, second)
+    sessions.own(ONE, first, 10, to_prefill=True)
+    sessions.own(TWO, second, 10, to_prefill=True)
     sessions.send(TWO, pb.WorkerMessage())
     assert first.outgoing.empty()
     assert second.outgoing.qsize() == 1
@@ -22,7 +23,7 @@ def test_a_router_that_dials_again_replaces_its_old_session() -> None:
     sessions = Sessions()
     old, replaced = sessions.open("router-0", 1)
     assert replaced == []
-    sessions.own(ONE, old)
+    sessions.own(ONE, old, 10, to_prefill=True)
     _, replaced = sessions.open("router-0", 2)
     assert replaced == [old]
     assert sessions.close(old) == [ONE]
@@ -32,7 +33,7 @@ def test_a_router_that_dials_again_replaces_its_old_session() -> None:
 def test_an_attempt_that_left_is_forgotten_everywhere() -> None:
     sessions = Sessions()
     session, _ = sessions.open("router-0", 1)
-    sessions.own(ONE, session)
+    sessions.own(ONE, session, 10, to_prefill=True)
     sessions.disown(ONE)
     sessions.send(ONE, pb.WorkerMessage())
     assert session.outgoing.empty()
@@ -60,3 +61,32 @@ async def test_what_waits_travels_in_one_message() -> None:
     numbers = [message.adopted.attempt.number for batch in batches for message in (batch, *batch.more)]
     assert numbers == list(range(count))
     assert session.outgoing.empty()
+
+
+def test_a_router_is_told_what_the_others_have_here() -> None:
+    sessions = Sessions()
+    first, _ = sessions.open("router-0", 1)
+    second, _ = sessions.open("router-1", 1)
+    mine, load = Attempt("r-3", 0), WorkerLoad(step=7)
+    sessions.own(mine, first, 1000, to_prefill=True)
+    assert sessions.beside("router-0", load) is load  # nobody else has anything
+    sessions.own(ONE, second, 30, to_prefill=True)
+    sessions.own(TWO, second, 5, to_prefill=False)
+
+    def others(router_id: str) -> tuple[int, int, int]:
+        told = sessions.beside(router_id, load)
+        assert told.step == 7
+        return told.others_assigned, told.others_pending_tokens, told.others_context_tokens
+
+    assert others("router-0") == (2, 30, 35)
+    assert others("router-1") == (1, 1000, 1000)
+    assert others("router-2") == (3, 1030, 1035)
+    sessions.prefilled(ONE)
+    assert others("router-0") == (2, 0, 35)
+    sessions.disown(ONE)
+    assert others("router-0") == (1, 0, 5)
+    sessions.close(second)
+    assert others("router-0") == (0, 0, 0)
+    third, _ = sessions.open("router-0", 2)  # another life of the router itself is none of the others
+    sessions.own(ONE, third, 8, to_prefill=True)
+    assert others("router-0") == (0, 0, 0)

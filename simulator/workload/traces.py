@@ -10,14 +10,14 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from ..core.errors import InvalidRequest
-from .workload import PlannedRequest
+from ...core.errors import InvalidRequest
+from .planned import PlannedRequest
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BLOCK_TOKENS = 512
@@ -43,27 +43,74 @@ class TraceOptions:
 
 def read_trace(path: Path, trace_format: str, options: TraceOptions | None = None) -> tuple[PlannedRequest, ...]:
     """The workload in a trace file, its first arrival at 0. Raises InvalidRequest naming file, line and reason."""
+    return tuple(stream_trace(path, trace_format, options))
+
+
+def stream_trace(path: Path, trace_format: str, options: TraceOptions | None = None) -> Iterator[PlannedRequest]:
+    """As `read_trace`, one request at a time: memory does not grow with the file.
+
+    What is wrong with the arguments is raised at once, what is wrong with the file when it is reached.
+    """
     options = options or TraceOptions()
     if trace_format not in FORMATS:
         raise InvalidRequest(f"format: {trace_format!r} is unknown; allowed are {', '.join(FORMATS)}", "format")
     if not 0 < options.time_scale < math.inf:
         raise InvalidRequest(f"time-scale: {options.time_scale}; it must be a number above 0", "time-scale")
-    planned: list[PlannedRequest] = []
+    return _requests(path, FORMATS[trace_format], options)
+
+
+def guess_format(path: Path) -> str:
+    """By the file's ending. Raises InvalidRequest when it does not tell."""
+    guess = {".csv": "azure", ".jsonl": "mooncake"}.get(path.suffix)
+    if guess is None:
+        raise InvalidRequest(f"{path}: its ending does not tell the format; give --format {' or --format '.join(FORMATS)}")
+    return guess
+
+
+def repeat_trace(requests: Sequence[PlannedRequest], times: int, speed: float = 1.0) -> Iterator[PlannedRequest]:
+    """A trace `times` times in a row, `speed` times as fast; lazy: only `requests` itself is in memory.
+
+    A round begins one mean gap after the last request of the round before. Block ids differ from round to round, so that a
+    repeated hour is another hour of the same kind and not one that the prefix cache already knows.
+    """
+    if not requests:
+        raise InvalidRequest("an empty trace cannot be repeated; give at least one request", "trace")
+    if times < 1 or not 0 < speed < math.inf:
+        raise InvalidRequest(f"repeat {times} times at speed {speed}: both must be above 0", "speed")
+    first, last = requests[0].at, requests[-1].at
+    period = (last - first) * (1 + 1 / max(len(requests) - 1, 1))
+    num_ids = 1 + max((block_id for request in requests for block_id in request.block_ids), default=-1)
+    return (
+        replace(
+            request,
+            index=number * len(requests) + place,
+            at=(request.at - first + number * period) / speed,
+            block_ids=tuple(block_id + number * num_ids for block_id in request.block_ids),
+        )
+        for number in range(times)
+        for place, request in enumerate(requests)
+    )
+
+
+def _requests(
+    path: Path, read: Callable[[Path, TextIO], Iterator[PlannedRequest]], options: TraceOptions
+) -> Iterator[PlannedRequest]:
+    index = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for request in FORMATS[trace_format](path, file):
-                scaled = replace(request, index=len(planned), at=request.at * options.time_scale)
+            for request in read(path, file):
+                scaled = replace(request, index=index, at=request.at * options.time_scale)
                 past_end = options.duration is not None and scaled.at > options.duration
-                if past_end or (options.max_requests is not None and len(planned) >= options.max_requests):
+                if past_end or (options.max_requests is not None and index >= options.max_requests):
                     break
-                planned.append(_clip(scaled, options))
+                yield _clip(scaled, options)
+                index += 1
     except OSError as error:
         raise InvalidRequest(f"{path}: cannot be read: {error.strerror}", "trace") from error
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{path}: is not text in UTF-8: {error.reason} at byte {error.start}", "trace") from error
-    if not planned:
+    if not index:
         raise InvalidRequest(f"{path}: holds no request (with these limits)", "trace")
-    return tuple(planned)
 
 
 def _clip(request: PlannedRequest, options: TraceOptions) -> PlannedRequest:

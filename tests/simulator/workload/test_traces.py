@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from itertools import islice
 from pathlib import Path
 
 import pytest
-from baton.bench.traces import TraceOptions, read_trace
-from baton.bench.workload import PlannedRequest
 from baton.core.errors import InvalidRequest
+from baton.simulator.workload.planned import PlannedRequest
+from baton.simulator.workload.traces import TraceOptions, guess_format, read_trace, repeat_trace, stream_trace
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
@@ -20,7 +22,7 @@ MOONCAKE = (
     {"timestamp": 3000, "input_length": 700, "output_length": 26, "hash_ids": [0, 7]},
     {"timestamp": 6500, "input_length": 10, "output_length": 1},
 )
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
 def write(path: Path, text: str) -> Path:
@@ -106,6 +108,57 @@ def test_files_that_cannot_be_read_and_unknown_formats(tmp_path: Path, azure: Pa
         read_trace(write(tmp_path / "empty.jsonl", "\n"), "mooncake")
     with pytest.raises(InvalidRequest, match="time-scale"):
         read_trace(azure, "azure", TraceOptions(time_scale=0.0))
+
+
+def test_the_ending_tells_the_format() -> None:
+    assert (guess_format(Path("a/t.csv")), guess_format(Path("t.jsonl"))) == ("azure", "mooncake")
+    with pytest.raises(InvalidRequest, match=r"t\.txt: its ending does not tell the format; give --format azure or --format"):
+        guess_format(Path("t.txt"))
+
+
+def test_a_stream_gives_what_came_before_a_bad_line(tmp_path: Path) -> None:
+    stream = stream_trace(write(tmp_path / "t.csv", AZURE.replace("879", "many")), "azure")
+    assert [request.index for request in islice(stream, 2)] == [0, 1]
+    with pytest.raises(InvalidRequest, match="line 4"):
+        next(stream)
+    with pytest.raises(InvalidRequest, match="allowed are azure, mooncake"):
+        stream_trace(tmp_path / "t.csv", "sharegpt")  # at once, not when it is first asked
+
+
+def test_a_stream_that_is_left_closes_its_file(azure: Path) -> None:
+    stream = stream_trace(azure, "azure")
+    next(stream)
+    del stream  # an open file would warn, and a warning is an error here
+
+
+def test_a_repeated_trace_goes_on_where_it_ended(mooncake: Path) -> None:
+    trace = read_trace(mooncake, "mooncake")
+    twice = list(repeat_trace(trace, 2))
+    assert [request.index for request in twice] == list(range(6))
+    # 3.5 s with a mean gap of 1.75 s: the second round begins at 5.25 s.
+    assert [request.at for request in twice] == [0.0, 0.0, 3.5, 5.25, 5.25, 8.75]
+    assert [request.block_ids for request in twice] == [(0, 1, 2), (0, 7), (), (8, 9, 10), (8, 15), ()]
+    assert [request.at for request in repeat_trace(trace, 2, speed=4.0)] == [at / 4 for at in (0.0, 0.0, 3.5, 5.25, 5.25, 8.75)]
+    assert [request.input_tokens for request in twice[:3]] == [request.input_tokens for request in twice[3:]]
+
+
+def test_repeating_takes_no_memory_but_the_trace() -> None:
+    trace = tuple(PlannedRequest(index, float(index), 5, 5) for index in range(100))
+    tracemalloc.start()
+    try:
+        last = sum(1 for _ in repeat_trace(trace, 300))
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+    assert last == 30_000
+
+
+def test_a_trace_that_cannot_be_repeated() -> None:
+    one = (PlannedRequest(0, 0.0, 5, 5),)
+    assert [request.at for request in repeat_trace(one, 3)] == [0.0, 0.0, 0.0]
+    for requests, times, speed in (((), 1, 1.0), (one, 0, 1.0), (one, 1, 0.0)):
+        with pytest.raises(InvalidRequest):
+            repeat_trace(requests, times, speed)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from baton.bench.svg import Scale, fitting_scale
+from baton.observability.svg import Scale, fitting_scale
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,0 +1,331 @@
+"""The engine's loop of one worker in virtual time: plan, price, commit.
+
+Decode steps that recur are taken many at a time: the scheduler says how often, and whatever happens to the worker
+meanwhile first sees the state that single steps would have left, and may cut the run short. No decision is different.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..core.request import Attempt
+from ..core.step import RowOutput, SequenceEvent, StepOutput, StepPlan
+from ..engine.scheduler import Scheduler
+from ..engine.timing import StepTimes
+from .cost import series
+from .heap import EventHeap
+from .meter import Meter
+from .pipeline import Pipeline
+from .setup import PoolSetup
+from .shape import StepShape, shape_of
+from .timeline import Timeline
+from .tokens import SAMPLED
+
+PROGRESS_EVERY = 32  # tokens between two Progress events of a sequence, as in the router's intake
+
+_SAMPLED = RowOutput((SAMPLED,))
+_NOTHING = RowOutput()
+
+
+class Owner(Protocol):
+    """The worker around a device."""
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that hold something that cannot be evicted."""
+        ...
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences and reservations that hold no blocks."""
+        ...
+
+    def on_events(self, events: Sequence[SequenceEvent]) -> None:
+        """What a step, or the planning of one, made."""
+        ...
+
+    def on_progress(self, reached: Sequence[tuple[Attempt, int]]) -> None:
+        """Sequences that have reached so many output tokens, a multiple of PROGRESS_EVERY, in the midst of a run."""
+        ...
+
+    def may_repeat(self) -> bool:
+        """Whether decode steps may be taken many at a time: nobody looks at every single one."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    """A plan under way: `steps` recurrences of it one after the other, of which `done` are taken in.
+
+    context   tokens that the decode rows of the first one attend to
+    progress  (recurrence, sequence, its output tokens after it) of those that are to be reported, the last one first
+    """
+
+    plan: StepPlan
+    shape: StepShape
+    began: float
+    seconds: float
+    ends: float
+    steps: int = 1
+    done: int = 0
+    progress: list[tuple[int, Attempt, int]] = field(default_factory=list)
+
+
+class Device:
+    """Runs the plans of one scheduler until it is stopped. `fast` lets decode steps be taken many at a time."""
+
+    def __init__(
+        self,
+        heap: EventHeap,
+        scheduler: Scheduler,
+        setup: PoolSetup,
+        owner: Owner,
+        meter: Meter,
+        fast: bool,
+        track: tuple[Timeline, str] | None,
+    ) -> None:
+        self._times = StepTimes()  # in seconds of one stage
+        self.step = 0
+        self._heap = heap
+        self._scheduler = scheduler
+        self._cost = setup.cost
+        self._overhead = setup.overhead
+        self._token_overhead = setup.token_overhead
+        self._owner = owner
+        self._meter = meter
+        self._fast = fast and setup.cost.stages == 1
+        self._track = track
+        self._pipeline = Pipeline(setup.cost.stages)
+        self._max_under_way = sys.maxsize if setup.eager_pipeline and setup.cost.stages > 1 else setup.cost.stages
+        self._under_way: deque[_Step] = deque()
+        self._woken = False
+        self._stopped = False
+        self._used_before = 0  # blocks, at the last `sync` of a run
+        self._warm_up(min(setup.max_step_tokens, setup.max_model_len))
+
+    @property
+    def in_step(self) -> bool:
+        return bool(self._under_way)
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens per second of recent prefill work: a pipeline takes in the next prompt when its first stage is free."""
+        return self._times.prefill_rate
+
+    @property
+    def decode_step(self) -> float:
+        """Seconds of a recent decode step, all stages of it."""
+        return self._times.decode_step * self._pipeline.stages
+
+    @property
+    def predicted_step(self) -> float:
+        """Seconds that the running step (or the next one) is expected to take."""
+        times, stages = self._times, self._pipeline.stages
+        if not self._under_way:
+            return max(times.decode_step, times.last_step) * stages
+        shape = self._under_way[0].shape
+        if not shape.prefill_rows:
+            return times.decode_step * stages
+        return (times.decode_step + shape.num_tokens / times.prefill_rate) * stages
+
+    def wake(self) -> None:
+        """New work may exist. It is planned once everything that happens at this moment has happened."""
+        if not self._woken and len(self._under_way) < self._max_under_way:
+            self._woken = True
+            self._heap.push(max(self._heap.now, self._pipeline.enters_at), self._plan_next)
+
+    def stop(self) -> None:
+        """The worker is dead: nothing under way will ever end."""
+        self._stopped = True
+        self._under_way.clear()
+
+    # ---- runs of recurring steps ---------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Take in the steps of a run that have ended by now. Precedes everything that happens to the worker."""
+        if not self._under_way or (run := self._under_way[0]).steps == 1:
+            return
+        self._take_ended(run)
+        self._used_before = self._owner.num_used
+
+    def settle(self) -> None:
+        """Something has happened, after `sync`: the run ends with its running step if others are to follow it."""
+        if not self._under_way or (run := self._under_way[0]).steps - run.done == 1:
+            return
+        used = self._owner.num_used
+        if used == self._used_before and not self._scheduler.disturbed and self._owner.may_repeat():
+            return
+        # The scheduler knows what came and went, but not that somebody else gave blocks back which a waiting sequence needs.
+        may_start = self._scheduler.num_waiting > 0 and used < self._used_before
+        repeats = 1 if may_start or not self._owner.may_repeat() else self._scheduler.repeatable(run.plan)
+        if run.done + repeats < run.steps:
+            self._set_length(run, run.done + repeats)
+
+    def _take_ended(self, run: _Step) -> None:
+        elapsed = self._heap.now - run.began
+        last = run.steps - 1  # the last one is taken in when its time comes
+        # Steps of a run take nearly the same time each: a guess by proportion is hardly ever wrong by more than one.
+        done = min(last, max(run.done, int(run.steps * elapsed / (run.ends - run.began))))
+        while done < last and self._run_seconds(run, done + 1) <= elapsed:
+            done += 1
+        while done > run.done and self._run_seconds(run, done) > elapsed:
+            done -= 1
+        if done > run.done:
+            self._scheduler.advance(run.plan, done - run.done, SAMPLED)
+            self._account(run, done)
+
+    def _start_run(self, step: _Step) -> None:
+        repeats = self._scheduler.repeatable(step.plan) if self._owner.may_repeat() else 1
+        self._set_length(step, repeats)
+        for row in step.plan.rows:
+            first = PROGRESS_EVERY - row.output_index % PROGRESS_EVERY
+            if first <= repeats:
+                reached = range(first, repeats + 1, PROGRESS_EVERY)
+                step.progress += [(after, row.attempt, row.output_index + after) for after in reached]
+        if step.progress:
+            step.progress.sort(key=_recurrence, reverse=True)
+            self._await_progress(step)
+
+    def _set_length(self, run: _Step, steps: int) -> None:
+        run.steps = steps
+        run.ends = run.began + (self._run_seconds(run, steps) if steps > 1 else run.seconds + self._host_seconds(run.shape))
+        self._heap.push(run.ends, self._end_run, run, steps)
+
+    def _run_seconds(self, run: _Step, steps: int) -> float:
+        """From the beginning of the run to the end of its first `steps` steps."""
+        rows, context = run.shape.decode_rows, run.shape.decode_context
+        host = steps * self._overhead + self._token_overhead * series(rows, context, steps)
+        return self._cost.decode_seconds(rows, context, steps) + host
+
+    def _host_seconds(self, shape: StepShape) -> float:
+        return self._overhead + self._token_overhead * (shape.prefill_context + shape.decode_context)
+
+    def _await_progress(self, run: _Step) -> None:
+        if run.progress and run.progress[-1][0] < run.steps:
+            self._heap.push(run.began + self._run_seconds(run, run.progress[-1][0]), self._report_progress, run)
+
+    def _report_progress(self, run: _Step) -> None:
+        if not self._under_way or self._under_way[0] is not run or not run.progress:
+            return
+        after = run.progress[-1][0]
+        if after >= run.steps:
+            return  # the run was cut: its last step reports like any other
+        reached = []
+        while run.progress and run.progress[-1][0] == after:
+            reached.append(run.progress.pop()[1:])
+        self._owner.on_progress(reached)
+        self._await_progress(run)
+
+    def _end_run(self, run: _Step, steps: int) -> None:
+        if not self._under_way or self._under_way[0] is not run or run.steps != steps:
+            return
+        if run.done < steps - 1:
+            self._scheduler.advance(run.plan, steps - 1 - run.done, SAMPLED)
+        self._meter.reached(self._heap.now, self._owner.num_used)
+        events = self._scheduler.commit_decode(run.plan, SAMPLED)
+        self._under_way.popleft()
+        self._account(run, steps)
+        self._woken = True  # planned below, whatever the owner makes of the news
+        if run.progress:
+            ended = {event.attempt for event in events}
+            reached = [(attempt, count) for after, attempt, count in run.progress if after == steps and attempt not in ended]
+            if reached:
+                self._owner.on_progress(reached)
+        self._owner.on_events(events)
+        self._plan_next()
+
+    # ---- single steps --------------------------------------------------------------------------
+
+    def _plan_next(self) -> None:
+        """Start whatever can start now."""
+        self._woken = False
+        now = self._heap.now
+        self._meter.reached(now, self._owner.num_used)
+        while not self._stopped and len(self._under_way) < self._max_under_way and self._pipeline.enters_at <= now:
+            plan = self._scheduler.plan(now)
+            if events := self._scheduler.take_events():
+                self._owner.on_events(events)
+            elif plan is None:
+                break
+            if plan is not None:
+                self._begin(plan, now)
+        self._meter.goes_on(self._owner.num_used, self._owner.num_waiting)
+
+    def _begin(self, plan: StepPlan, now: float) -> None:
+        shape = shape_of(plan)
+        seconds = self._cost.seconds(shape)
+        step = _Step(plan, shape, now, seconds, now)
+        self._under_way.append(step)
+        self.step = plan.step
+        if self._fast and not shape.prefill_rows and self._scheduler.recurs(plan):
+            self._start_run(step)
+            return
+        step.ends = self._pipeline.enter(now, seconds, self._host_seconds(shape))
+        self._heap.push(step.ends, self._end_step, step)
+        if self._pipeline.stages > 1:
+            self._heap.push(self._pipeline.enters_at, self._plan_next)
+
+    def _end_step(self, step: _Step) -> None:
+        if not self._under_way or self._under_way[0] is not step:
+            return
+        self._meter.reached(self._heap.now, self._owner.num_used)
+        plan = step.plan
+        rows = tuple([_SAMPLED if row.sample else _NOTHING for row in plan.rows])
+        events = self._scheduler.commit(plan, StepOutput(plan.step, rows, step.seconds), self._heap.now)
+        self._under_way.popleft()
+        self._account(step, 1)
+        self._woken = True  # planned below, whatever the owner makes of the news
+        self._owner.on_events(events)
+        self._plan_next()
+
+    # ---- books ---------------------------------------------------------------------------------
+
+    def _account(self, step: _Step, done: int) -> None:
+        """Steps up to the `done`-th have ended."""
+        shape, before = step.shape, step.done
+        count = done - before
+        step.done = done
+        if shape.prefill_rows:
+            self._times.observe_prefill(shape.num_tokens, step.seconds)
+            seconds = step.seconds
+        elif done == 1:
+            self._times.observe_decode(step.seconds, step.seconds, 1)
+            seconds = step.seconds
+        else:
+            begin, end = self._decode_seconds(shape, before), self._decode_seconds(shape, done)
+            seconds = first = last = end - begin
+            if count > 1:
+                first = self._decode_seconds(shape, before + 1) - begin
+                last = end - self._decode_seconds(shape, done - 1)
+            self._times.observe_decode(first, last, count)
+        self.step = max(self.step, step.plan.step + min(done, step.steps - 1))
+        self._meter.steps(count, seconds, count * shape.num_tokens, shape.decode_rows)
+        if self._track is not None:
+            self._draw(step, before, done)
+
+    def _decode_seconds(self, shape: StepShape, steps: int) -> float:
+        return self._cost.decode_seconds(shape.decode_rows, shape.decode_context, steps) if steps else 0.0
+
+    def _draw(self, step: _Step, before: int, done: int) -> None:
+        assert self._track is not None
+        timeline, name = self._track
+        shape = step.shape
+        kind = "decode" if not shape.prefill_rows else "mixed" if shape.decode_rows else "prefill"
+        begin = step.began + (self._run_seconds(step, before) if before else 0.0)
+        end = step.began + self._run_seconds(step, done) if step.steps > 1 else step.ends
+        timeline.span(name, kind, begin, end, steps=done - before, rows=len(step.plan.rows), tokens=shape.num_tokens)
+
+    def _warm_up(self, num_tokens: int) -> None:
+        """A worker has run a prompt and a decode step before it joins."""
+        prompt = StepShape(1, num_tokens, num_tokens * (num_tokens + 1) // 2, num_tokens, sampled=1)
+        decode = StepShape(decode_rows=1, decode_context=num_tokens, sampled=1)
+        self._times.observe_prefill(num_tokens, self._cost.seconds(prompt))
+        self._times.observe_decode(self._cost.seconds(decode), self._cost.seconds(decode), 1)
+
+
+def _recurrence(progress: tuple[int, Attempt, int]) -> int:
+    return progress[0]

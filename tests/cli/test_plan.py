@@ -1,0 +1,91 @@
+"""`baton plan` from its arguments to its files, and every refusal before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from baton.cli.main import app
+from baton.deploy.settings import load_topology
+from click.testing import Result
+from typer.testing import CliRunner
+
+
+def plan(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", "--workers", "1", "--quick", *arguments])
+
+
+SMALL = ("--model", "OPT-1.3B", "--gpu", "L4:2", "--ttft", "1", "--tpot", "0.1", "--input-tokens", "200", "--output-tokens", "4")
+
+
+def test_a_plan_is_written(tmp_path: Path) -> None:
+    done = plan(*SMALL, "--out", str(tmp_path / "plan"))
+    assert done.exit_code == 0, done.output
+    assert "requests/s" in done.stdout
+    topology = load_topology(tmp_path / "plan" / "topology.yaml")
+    assert topology.cluster == "planned"
+    assert topology.slo.ttft == 1.0
+    text = (tmp_path / "plan" / "topology.yaml").read_text()
+    assert text.startswith("# Planned by `baton plan`.")
+    assert "# not yet deployable: " in text  # of L4, until the service takes GPUs
+    assert (tmp_path / "plan" / "plan.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "OPT-9000B", "--gpu", "L4:1"), "model 'OPT-9000B' is neither a folder"),
+        (("--model", "OPT-13B", "--gpu", "Abacus:1"), "accelerator 'Abacus' is not known"),
+        (("--model", "OPT-66B", "--gpu", "L4:1", "--lengths", "sharegpt"), "does not fit on 1 L4"),
+        (("--model", "OPT-13B", "--gpu", "H100:1"), "no workload"),
+        (("--model", "OPT-13B", "--gpu", "H100:1", "--input-tokens", "9000", "--output-tokens", "1"), "the model takes 2048"),
+        (("--model", "OPT-13B", "--gpu", "H100:1", "--lengths", "poems"), "'poems' is not known"),
+        (("--model", "OPT-13B", "--gpu", "H100:1", "--lengths", "sharegpt", "--objective", "fame"), "'fame' is unknown"),
+        (("--model", "OPT-13B", "--gpu", "H100:1", "--lengths", "sharegpt", "--name", "My Plan"), "cluster: 'My Plan'"),
+    ],
+)
+def test_bad_arguments_write_nothing(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    done = plan(*arguments, "--out", str(tmp_path / "plan"))
+    assert done.exit_code == 2
+    assert words in " ".join(done.output.split())
+    assert not (tmp_path / "plan").exists()
+
+
+def test_bad_traces_name_the_line(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n")
+    common = ("--model", "OPT-13B", "--gpu", "H100:1", "--trace", str(trace))
+    assert "holds no request" in " ".join(plan(*common).output.split())
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,many,3\n")
+    done = plan(*common)
+    assert done.exit_code == 2
+    assert "line 2: ContextTokens 'many' is no whole number" in " ".join(done.output.split())
+
+
+def test_objectives_that_nothing_meets_are_answered(tmp_path: Path) -> None:
+    arguments = (
+        "--model",
+        "OPT-13B",
+        "--gpu",
+        "H100:2",
+        "--lengths",
+        "sharegpt",
+        "--ttft",
+        "0.0001",
+        "--out",
+        str(tmp_path / "plan"),
+    )
+    done = plan(*arguments)
+    assert done.exit_code == 1
+    output = " ".join(done.output.split())
+    assert "no placement on 2 H100 on 1 node reaches TTFT 0.0001 s" in output
+    assert "the nearest that can be reached" in output
+    assert not (tmp_path / "plan").exists()
+
+
+def test_a_target_that_is_a_file_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "plan").write_text("mine")
+    done = plan(*SMALL, "--out", str(tmp_path / "plan"))
+    assert done.exit_code == 2
+    assert "is a file" in done.output
+    assert (tmp_path / "plan").read_text() == "mine"

@@ -1,0 +1,160 @@
+"""Why the winner won: curves, losses in words, the link at which it would lose, what is deployed; and the page that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from baton.core.view import Role
+from baton.deploy.settings import dump_topology, parse_topology
+from baton.placement.deployment import deployment_of, topology_of
+from baton.placement.executors import Inline
+from baton.placement.explain import Explanation, bytes_per_second, explain, why_lost
+from baton.placement.problem import Problem, SearchOptions, SearchResult, Status
+from baton.placement.report import nearest_text, print_plan, rows, summary_lines, write_plan
+from baton.placement.search import search
+from baton.placement.space import Affinity, CostMaker, Price
+from baton.simulator.cost import LinearCost
+from rich.console import Console
+
+MakeProblem = Callable[..., Problem]
+
+
+def apart_cost(device: object, tp: int, pp: int) -> Price:
+    """Steps so long with a prompt in them that decode wants to be left alone."""
+    return Price(LinearCost(1e-3, token=4e-5, floor_tokens=8, decode_row=1e-5, stages=pp))
+
+
+@pytest.fixture(scope="module")
+def apart(make_problem: MakeProblem, options: SearchOptions) -> SearchResult:
+    problem = make_problem(gpus=("A100-80GB:4",), per_node=2, lengths=((400, 8),), network=1e10)
+    problem = replace(problem, slo=replace(problem.slo, tpot=0.006))
+    return search(problem, apart_cost, options, Inline())
+
+
+@pytest.fixture(scope="module")
+def explained(apart: SearchResult, options: SearchOptions) -> Explanation:
+    explanation = explain(apart, options, Inline())
+    assert explanation is not None
+    return explanation
+
+
+def test_what_is_explained(apart: SearchResult, explained: Explanation, options: SearchOptions) -> None:
+    best = apart.best
+    assert best is not None
+    assert best.placement.affinity is not Affinity.NONE
+    assert explained.curves[0].placement == best.placement
+    for curve in explained.curves:
+        assert [rate for rate, _ in curve.points] == sorted(rate for rate, _ in curve.points)
+        assert curve.points[0][1] >= curve.points[-1][1]
+    assert {loss.verdict.status for loss in explained.losses} >= {Status.SEARCHED, Status.BOUNDED}
+    assert all(loss.reason for loss in explained.losses)
+    bounded = next(v for v in apart.verdicts if v.status is Status.BOUNDED)
+    assert "no schedule can exceed" in why_lost(apart, bounded) or "when they are alone" in why_lost(apart, bounded)
+
+
+def test_a_thin_link_makes_another_win(make_problem: MakeProblem, options: SearchOptions) -> None:
+    problem = make_problem(gpus=("A100-80GB:2",), per_node=1, lengths=((400, 8),), network=1e10)
+    problem = replace(problem, slo=replace(problem.slo, tpot=0.006))
+    result = search(problem, apart_cost, options, Inline())
+    explanation = explain(result, options, Inline())
+    assert result.best is not None
+    assert result.best.placement.affinity is Affinity.ANY
+    assert explanation is not None
+    assert explanation.link is not None
+    switch = explanation.link
+    assert switch.link == "network"
+    assert switch.bandwidth is not None
+    assert switch.bandwidth < 1e10
+    assert "below" in str(switch)
+    poor = replace(problem, cluster=problem.cluster.with_link(network=switch.bandwidth / 3))
+    other = search(poor, apart_cost, options, Inline()).best
+    assert other is not None
+    assert other.placement.affinity is not Affinity.ANY
+
+
+def test_the_topology_is_one_that_is_read(apart: SearchResult, explained: Explanation) -> None:
+    text = dump_topology(topology_of(apart.problem, explained.deployment, "planned", "/models/tiny"))
+    topology = parse_topology(text, "t.yaml", Path("/")).topology
+    best = apart.best
+    assert best is not None
+    for pool in explained.deployment.cluster_placement.pools:
+        spec = topology.pool(pool.role)
+        assert spec is not None
+        assert (spec.tensor_parallel, spec.pipeline_parallel) == (pool.kind.tp, pool.kind.pp)
+        assert (spec.replicas, spec.accelerator) == (pool.replicas, "A100-80GB")
+        per_token = apart.problem.need.model.rank_kv_bytes_per_token(pool.kind.tp, pool.kind.pp)
+        assert spec.kv_memory_bytes == pytest.approx(pool.kind.kv_tokens * per_token, rel=0.01)
+    assert topology.slo == apart.problem.slo
+    assert topology.pool(Role.MIXED) is None
+
+
+def test_copies_for_a_rate(apart: SearchResult) -> None:
+    best = apart.best
+    assert best is not None
+    assert best.goodput is not None
+    everything = deployment_of(apart.problem, best)
+    assert everything.num_devices + dict(everything.spare)["A100-80GB"] == 4
+    for share, suffices in ((0.4, True), (0.9, True), (1.2, False)):
+        wanted = share * everything.rate
+        problem = replace(apart.problem, objective=replace(apart.problem.objective, rate=wanted))
+        deployment = deployment_of(problem, best)
+        assert deployment.suffices is suffices
+        assert deployment.rate >= wanted or not suffices
+        if best.placement.affinity is Affinity.NODE:
+            assert deployment.cluster_placement.num_devices <= 2
+
+
+class _Page(HTMLParser):
+    """Collects what a page consists of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href") and value]
+
+
+def test_the_page_stands_alone(apart: SearchResult, explained: Explanation, tmp_path: Path) -> None:
+    write_plan(tmp_path / "new" / "plan.html", apart, explained, "cluster: <planned>")
+    text = (tmp_path / "new" / "plan.html").read_text()
+    page = _Page(text)
+    assert page.links == []
+    assert "script" not in page.tags
+    assert page.tags.count("svg") == 3
+    assert "cluster: &lt;planned&gt;" in text
+    for verdict in apart.searched[:3]:
+        assert verdict.placement.name.replace("A100-80GB ", "") in text
+
+
+def test_the_table(apart: SearchResult, explained: Explanation) -> None:
+    console = Console(width=140, record=True, file=None, force_terminal=False)
+    with console.capture() as capture:
+        print_plan(console, apart, explained)
+    text = capture.get()
+    best = apart.best
+    assert best is not None
+    assert "requests/s per GPU" in text
+    assert f"best    {best.placement.name}"[:30].split()[0] in text
+    assert [row.best for row in rows(apart)].count(True) == 1
+    assert {"best", "binds", "deploy", "tried"} <= {name for name, _ in summary_lines(apart, explained)}
+
+
+def test_nothing_to_explain(make_problem: MakeProblem, cost: CostMaker, options: SearchOptions) -> None:
+    problem = make_problem()
+    problem = replace(problem, slo=replace(problem.slo, ttft=1e-4))
+    result = search(problem, cost, options, Inline())
+    assert explain(result, options, Inline()) is None
+    assert result.nearest is not None
+    assert "nearest that can be reached" in nearest_text(result.nearest)
+
+
+def test_bandwidths_are_readable() -> None:
+    assert [bytes_per_second(rate) for rate in (12, 3.4e9, 2e12)] == ["12 B/s", "3.4 GB/s", "2 TB/s"]
