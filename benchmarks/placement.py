@@ -2,13 +2,14 @@
 
     .venv/bin/python benchmarks/placement.py [--quick] [--only NAME ...]
 
-algorithm1_66b_4x8_s   OPT-66B on four nodes of eight A100, ShareGPT-like lengths: KV may cross the network (DistServe's Algorithm 1
-                       is among the candidates), 300 requests a simulation
+algorithm1_66b_4x8_s   OPT-66B on four nodes of eight A100, ShareGPT-like lengths, 300 requests a simulation: KV may cross the
+                       network (Algorithm 1 of DistServe)
 algorithm2_66b_1x8_s   OPT-66B on one node of eight: KV stays within it (Algorithm 2)
 mixed_128_s            OPT-66B on 64 H100 and 64 A100, goodput per dollar
 NAME_error             without --quick: the goodput of the winner against that of a run of 10,000 requests, relative
 
-Seconds are those of the search alone, from no processes to the verdicts. --quick takes 100 requests, one seed. The last line is JSON.
+Seconds are those of the search alone, from no processes to the verdicts. --quick takes 100 requests, one seed. The last line
+is JSON.
 """
 
 from __future__ import annotations

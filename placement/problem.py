@@ -52,7 +52,7 @@ class SearchOptions:
     phase_precision: float = 0.06
     tie: float = 0.03
     max_finalists: int = 6
-    patience: int = 2
+    patience: int = 4
     slack: float = 0.2
     wave: int = 4
     max_observed: int = 4

@@ -102,30 +102,45 @@ class _CertainError(Exception):
 
 
 class _Counter:
-    """Counts the outcomes that count. Ends the simulation when it knows enough."""
+    """Counts the outcomes that count. Ends the simulation when it knows enough.
+
+    The later half must meet the target too, but for one standard deviation: a cluster with slightly too much to do gets slower
+    and slower, and over all counted ones it could still seem good enough.
+    """
 
     def __init__(self, case: Case, num_skipped: int, complete: bool) -> None:
+        target, wanted = case.slo.attainment, case.num_requests
         self._slo = case.slo
         self._skip = num_skipped
-        self._wanted = case.num_requests
-        self._may_miss = case.num_requests - math.ceil(case.slo.attainment * case.num_requests - 1e-9)
+        self._wanted = wanted
+        self._may_miss = wanted - math.ceil(target * wanted - 1e-9)
+        late = wanted - wanted // 2
+        self._late_may_miss = math.floor((1 - target) * late + math.sqrt(target * (1 - target) * late) + 1e-9)
         self._complete = complete
         self._num_met = 0
+        self._late_missed = 0
         self.num_seen = 0
 
     def take(self, outcome: RequestOutcome) -> None:
         if self._skip:
             self._skip -= 1
             return
+        met = outcome.meets(self._slo)
+        self._late_missed += self.num_seen >= self._wanted // 2 and not met
         self.num_seen += 1
-        self._num_met += outcome.meets(self._slo)
-        certain = self.met or self.num_seen - self._num_met > self._may_miss
-        if self.num_seen == self._wanted or (certain and not self._complete):
+        self._num_met += met
+        if self.num_seen == self._wanted or ((self.met or self._lost) and not self._complete):
             raise _CertainError
 
     @property
     def met(self) -> bool:
-        return self._num_met >= self._wanted - self._may_miss
+        """Certainly: whatever becomes of those that are still to come."""
+        left = self._wanted - self.num_seen
+        return self.num_seen - self._num_met + left <= self._may_miss and self._late_missed + left <= self._late_may_miss
+
+    @property
+    def _lost(self) -> bool:
+        return self.num_seen - self._num_met > self._may_miss or self._late_missed > self._late_may_miss
 
     @property
     def attainment(self) -> float:

@@ -122,7 +122,10 @@ def test_objectives_that_nothing_meets_have_a_nearest(make_problem: MakeProblem,
 
 def test_a_model_that_fits_nowhere_is_refused(make_problem: MakeProblem, cost: CostMaker, options: SearchOptions) -> None:
     problem = make_problem()
-    huge = replace(problem, need=replace(problem.need, model=replace(problem.need.model, hidden_size=1 << 20, name="huge")))
+    huge = replace(
+        problem,
+        need=replace(problem.need, model=replace(problem.need.model, num_layers=1 << 14, hidden_size=1 << 14, name="huge")),
+    )
     with pytest.raises(InvalidRequest, match=r"huge .* does not fit on 2 A100-80GB"):
         search(huge, cost, options, Inline())
 
