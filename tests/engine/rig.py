@@ -202,3 +202,9 @@ class Rig:
             assert event.blocks[: len(client.computed.blocks)] == client.computed.blocks, "blocks moved under a push"
         self.device.check_holds(event.attempt.request_id, event.blocks, event.num_tokens)
         client.computed = event
+
+
+def rows(plan: StepPlan | None) -> list[tuple[str, int, int, bool]]:
+    """(request, start, end, sample) of every row."""
+    assert plan is not None
+    return [(row.attempt.request_id, row.start, row.end, row.sample) for row in plan.rows]
