@@ -12,7 +12,8 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-from baton.simulator.shape import StepCost, StepShape
+from baton.core.shape import StepShape
+from baton.simulator.shape import StepCost
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
+from baton.core.shape import StepShape
 from baton.core.slo import Slo
 from baton.core.view import Role
 from baton.placement.demand import Demand, demand_of
@@ -24,7 +25,6 @@ from baton.placement.goodput import Goodput, GoodputOptions, find_goodput
 from baton.placement.splitwise import SplitwiseCost, read_splitwise
 from baton.placement.trial import Case, try_rate
 from baton.simulator.setup import ClusterSetup, NetworkSetup, PoolSetup
-from baton.simulator.shape import StepShape
 from baton.simulator.workload.published import SPLITWISE_CODE
 from baton.simulator.workload.traces import read_trace
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..core.shape import StepShape
 from ..core.slo import Slo
 from ..core.view import Role
-from ..simulator.shape import StepCost, StepShape
+from ..simulator.shape import StepCost
 from .cluster import Cluster
 from .demand import Demand, Lengths
 from .space import Affinity, Placement, PoolChoice

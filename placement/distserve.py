@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InvalidRequest
+from ..core.shape import StepShape
 from ..simulator.cost import series
-from ..simulator.shape import StepShape
 
 STAGE_SECONDS = 1e-3  # of a prefill, per stage and stage
 HOST_SECONDS = 2e-3

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.errors import InvalidRequest
+from ..core.shape import StepShape
 from ..simulator.cost import LinearCost
-from ..simulator.shape import StepShape
 from .least_squares import Array, solve_non_negative
 from .profile import Residual
 

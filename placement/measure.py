@@ -19,6 +19,7 @@ import torch
 from ..core.clock import MonotonicClock
 from ..core.errors import InvalidRequest
 from ..core.request import Attempt, SamplingParams, SequenceSpec
+from ..core.shape import shape_of
 from ..core.step import SequenceEvent, StepPlan, StepRow
 from ..core.topology import KvTransferSpec, ModelSpec, PoolSpec, WorkerConfig
 from ..core.view import Role
@@ -27,7 +28,6 @@ from ..engine.loop import EngineLoop
 from ..engine.model_config import load_config
 from ..engine.model_folder import resolve_model
 from ..engine.timing import StepTimes
-from ..simulator.shape import shape_of
 from ..worker.build import Engine, build_engine
 from .fit import Measurement, fit_cost, residuals
 from .model_shape import ModelShape, shape_of_config

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..core.shape import StepShape
 from ..simulator.cost import series
-from ..simulator.shape import StepShape
 from .efficiency import Efficiency, efficiency_of
 from .hardware import Accelerator
 from .model_shape import Linear, ModelShape, bytes_of

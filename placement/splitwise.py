@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import median
 
 from ..core.errors import InvalidRequest
+from ..core.shape import StepShape
 from ..simulator.cost import series
-from ..simulator.shape import StepShape
 
 MEASURED_CONTEXT = 512
 """Tokens of every prompt in the measurements of a batch."""

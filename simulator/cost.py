@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, fields
 
 from ..core.errors import InvalidRequest
-from .shape import StepShape
+from ..core.shape import StepShape
 
 
 @dataclass(frozen=True, slots=True)

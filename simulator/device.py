@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..core.request import Attempt
+from ..core.shape import StepShape, shape_of
 from ..core.step import RowOutput, SequenceEvent, StepOutput, StepPlan
 from ..engine.scheduler import Scheduler
 from ..engine.timing import StepTimes
@@ -21,7 +22,6 @@ from .heap import EventHeap
 from .meter import Meter
 from .pipeline import Pipeline
 from .setup import PoolSetup
-from .shape import StepShape, shape_of
 from .timeline import Timeline
 from .tokens import SAMPLED
 

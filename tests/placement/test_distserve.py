@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from baton.core.errors import InvalidRequest
+from baton.core.shape import StepShape
 from baton.placement.distserve import DistServeCost, read_distserve
-from baton.simulator.shape import StepShape
 from hypothesis import given
 from hypothesis import strategies as st
 

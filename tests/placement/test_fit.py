@@ -8,10 +8,10 @@ import random
 import numpy as np
 import pytest
 from baton.core.errors import InvalidRequest
+from baton.core.shape import StepShape
 from baton.placement.fit import Measurement, fit_cost, residuals
 from baton.placement.least_squares import solve_non_negative
 from baton.simulator.cost import LinearCost
-from baton.simulator.shape import StepShape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from baton.core.errors import InvalidRequest, ModelError
+from baton.core.shape import StepShape
 from baton.engine.random_model import make_model
 from baton.placement.links import measure_links
 from baton.placement.measure import MeasureSpec, grid, measure
 from baton.placement.model_shape import find_model
-from baton.simulator.shape import StepShape
 
 
 @pytest.fixture(scope="module")

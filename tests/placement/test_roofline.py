@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 from baton.core.errors import InvalidRequest
+from baton.core.shape import StepShape
 from baton.placement.efficiency import EFFICIENCIES, Efficiency, efficiency_of
 from baton.placement.hardware import ACCELERATORS, find_accelerator
 from baton.placement.model_shape import MODELS
 from baton.placement.roofline import RooflineCost, kv_capacity, roofline_cost
-from baton.simulator.shape import StepShape
 from hypothesis import given
 from hypothesis import strategies as st
 

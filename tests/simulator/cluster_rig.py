@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 
+from baton.core.shape import StepShape
 from baton.core.view import Role
 from baton.simulator.cluster import Cluster
 from baton.simulator.heap import EventHeap
 from baton.simulator.records import RequestOutcome
 from baton.simulator.setup import ClusterSetup, PoolSetup
-from baton.simulator.shape import StepShape
 from baton.simulator.workload.planned import PlannedRequest
 
 

@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 
 import pytest
 from baton.core.errors import InvalidRequest
+from baton.core.shape import StepShape
 from baton.simulator.cost import LinearCost, series
-from baton.simulator.shape import StepShape
 from hypothesis import given
 from hypothesis import strategies as st
 
