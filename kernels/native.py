@@ -23,6 +23,7 @@ from .reference import argmax
 
 LARGEST_HEAD = {torch.float32: 256, torch.bfloat16: 512}  # head dimensions that fit the registers of decode attention
 MOST_IN_PLACE = 1  # tokens of a row that is attended in place
+LARGEST_CACHED = 96 << 20  # bytes of packed weights that may still be in a cache when the next step reads them
 
 
 class NativeLibrary:
@@ -40,6 +41,7 @@ class NativeLibrary:
         declare(self._library)
         self._threads = Threads(self._library, max(1, threads))
         self._pool = self._threads.handle
+        self._packed_bytes = 0
         # oneDNN's AMX tiles beat everything that can be done with vectors, and half precision without dot products is
         # best left to it, too. A packed linear is the only one whose results never depend on the batch.
         features = self._library.baton_features()
@@ -58,6 +60,9 @@ class NativeLibrary:
         if words == 0:
             return cpu.CpuLinear(weight, bias)
         packed = huge_pages(words)
+        self._packed_bytes += 4 * words
+        if self._packed_bytes > LARGEST_CACHED:
+            self._library.baton_pool_stream(self._pool)
         self._library.baton_pack(kind, weight.contiguous().data_ptr(), outputs, inputs, packed.data_ptr())
         return NativeLinear(self._library, self._threads, packed, (outputs, inputs), bias, weight.dtype)
 

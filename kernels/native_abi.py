@@ -85,6 +85,8 @@ def declare(library: ctypes.CDLL) -> None:
     library.baton_pool_create.argtypes = [c_int32]
     library.baton_pool_destroy.restype = None
     library.baton_pool_destroy.argtypes = [c_void_p]
+    library.baton_pool_stream.restype = None
+    library.baton_pool_stream.argtypes = [c_void_p]
     library.baton_packed_words.restype = c_int64
     library.baton_packed_words.argtypes = [c_int32, c_int64, c_int64]
     library.baton_pack.restype = None

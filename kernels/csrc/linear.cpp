@@ -59,12 +59,15 @@ struct Product {
     const T* x;
     const uint32_t* packed;
     long inputs;
+    bool streamed;  // see Pool
 
     // sums[i][j] = row begin + i of x times output j of the panel
     void multiply(long panel, long begin, long rows, float (*sums)[kPanel]) const {
         const long words = inputs / kPerWord<T>;
-        multiply_tile<T>(static_cast<int>(rows), packed + panel * words * kPanel,
-                         reinterpret_cast<const uint32_t*>(x + begin * inputs), words, words, sums[0], kPanel, false);
+        const uint32_t* from = packed + panel * words * kPanel;
+        const uint32_t* by = reinterpret_cast<const uint32_t*>(x + begin * inputs);
+        if (rows == 1 && streamed) return multiply_rows<T, 1, true>(from, by, words, words, sums[0], kPanel, false);
+        multiply_tile<T>(static_cast<int>(rows), from, by, words, words, sums[0], kPanel, false);
     }
 };
 
@@ -125,6 +128,7 @@ int32_t baton_features() {
 
 BatonPool* baton_pool_create(int32_t num_threads) { return new BatonPool(num_threads); }
 void baton_pool_destroy(BatonPool* pool) { delete pool; }
+void baton_pool_stream(BatonPool* pool) { pool->streamed = true; }
 
 int64_t baton_packed_words(int32_t type, int64_t outputs, int64_t inputs) {
     const int64_t per_word = type ? kPerWord<BFloat16> : kPerWord<float>;
@@ -145,20 +149,20 @@ void baton_linear(BatonPool* pool, int32_t type, const void* x, int64_t tokens, 
                   int64_t outputs, const void* bias, void* out) {
     if (type) {
         using T = BFloat16;
-        return linear<T>(*pool, {static_cast<const T*>(x), packed, inputs}, tokens, outputs, static_cast<const T*>(bias), static_cast<T*>(out));
+        return linear<T>(*pool, {static_cast<const T*>(x), packed, inputs, pool->streamed}, tokens, outputs, static_cast<const T*>(bias), static_cast<T*>(out));
     }
     using T = float;
-    linear<T>(*pool, {static_cast<const T*>(x), packed, inputs}, tokens, outputs, static_cast<const T*>(bias), static_cast<T*>(out));
+    linear<T>(*pool, {static_cast<const T*>(x), packed, inputs, pool->streamed}, tokens, outputs, static_cast<const T*>(bias), static_cast<T*>(out));
 }
 
 void baton_gated_linear(BatonPool* pool, int32_t type, int32_t activation, const void* x, int64_t tokens, const uint32_t* packed,
                         int64_t inputs, int64_t inner, const void* bias, void* out) {
     if (type) {
         using T = BFloat16;
-        return gated_linear<T>(*pool, {static_cast<const T*>(x), packed, inputs}, activation, tokens, inner,
+        return gated_linear<T>(*pool, {static_cast<const T*>(x), packed, inputs, pool->streamed}, activation, tokens, inner,
                                static_cast<const T*>(bias), static_cast<T*>(out));
     }
     using T = float;
-    gated_linear<T>(*pool, {static_cast<const T*>(x), packed, inputs}, activation, tokens, inner, static_cast<const T*>(bias),
+    gated_linear<T>(*pool, {static_cast<const T*>(x), packed, inputs, pool->streamed}, activation, tokens, inner, static_cast<const T*>(bias),
                     static_cast<T*>(out));
 }

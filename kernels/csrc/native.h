@@ -16,6 +16,8 @@ int32_t baton_features();
 
 BatonPool* baton_pool_create(int32_t num_threads);
 void baton_pool_destroy(BatonPool* pool);
+// From now on the weights that this pool multiplies with are too large, all together, to stay in a cache between two steps.
+void baton_pool_stream(BatonPool* pool);
 
 // Words of 32 bits that the packed form of a weight [outputs, inputs] takes; 0 when it cannot be packed.
 int64_t baton_packed_words(int32_t type, int64_t outputs, int64_t inputs);

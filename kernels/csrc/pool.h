@@ -24,6 +24,9 @@ class Pool {
         for (std::thread& worker : workers_) worker.join();
     }
 
+    // Whether the weights that these threads read in a step fit no cache: a product of one row then reads past the caches.
+    bool streamed = false;
+
     int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
     // Calls task(0), ..., task(count - 1), each once and on any thread; returns when all have returned.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from baton.core.errors import Unavailable
-from baton.kernels import cpu, native_build, reference
+from baton.kernels import cpu, native, native_build, reference
 from baton.kernels.batch import AttentionSpec, DrawSpec, RowSpan
 from baton.kernels.cpu import CpuLinear
 from baton.kernels.native import NativeLibrary
@@ -153,6 +153,17 @@ def test_linear_equals_the_reference_and_keeps_rows_apart(
     assert linear(x[:0]).shape == (0, outputs)
     index = torch.tensor([0, outputs - 1, 3, 3])
     assert torch.equal(linear.rows(index), weight[index])
+
+
+def test_weights_too_large_for_the_caches_give_the_same_bits(library: NativeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    linear, x = library.linear(torch.randn(256, 128).bfloat16(), None), torch.randn(3, 128).bfloat16()
+    cached = [(linear(x[:count]), linear.gated("silu", x[:count])) for count in (1, 3)]
+    monkeypatch.setattr(native, "LARGEST_CACHED", 0)
+    library.linear(torch.randn(64, 64).bfloat16(), None)  # one more than the caches hold
+    for count, (product, gated) in zip((1, 3), cached, strict=True):
+        assert torch.equal(linear(x[:count]), product)
+        assert torch.equal(linear.gated("silu", x[:count]), gated)
 
 
 def test_rows_outside_of_the_weight_are_refused(library: NativeLibrary) -> None:
