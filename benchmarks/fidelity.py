@@ -2,12 +2,14 @@
 
     .venv/bin/python benchmarks/fidelity.py [--quick] [--data ../shared/data] [--only simdistserve --only splitwise ...]
 
+closed_forms   prefill of equal prompts against the formulas of queueing theory (`closed_forms.py`)
 simdistserve   16 cases of DistServe's simulator, by configuration alone (`simdistserve.py`)
 splitwise      prefill and decode machines for code and for conversation, by Splitwise's measurements (`splitwise_split.py`)
 distserve      the placements of DistServe's paper, and the order of the systems that it compares (`paper_placements.py`)
 
-The last line is JSON: the share of cases within 3 points and 5%, and the largest differences; the share of prefill machines in
-the best splits; the goodput of the paper's placements over that of the best found, and over that of colocated vLLM.
+The last line is JSON: the largest difference from a formula; the share of cases within 3 points and 5%, and the largest
+differences; the share of prefill machines in the best splits; the goodput of the paper's placements over that of the best
+found, and over that of colocated vLLM.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import closed_forms
 import paper_placements
 import simdistserve
 import splitwise_split
@@ -33,13 +36,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of the published figures")
     parser.add_argument("--only", action="append", choices=tuple(SECTIONS), help="this section; may be repeated")
     arguments = parser.parse_args()
-    if not (arguments.data / "derived").is_dir():
+    sections = arguments.only or list(SECTIONS)
+    if sections != ["closed_forms"] and not (arguments.data / "derived").is_dir():
         raise SystemExit(f"{arguments.data} holds no folder derived; give the folder of the published figures")
     figures: dict[str, float] = {}
-    for name in arguments.only or SECTIONS:
+    for name in sections:
         print(f"\n## {name}\n", flush=True)
         figures |= SECTIONS[name](arguments.data, arguments.quick)
     print(json.dumps(figures))
+
+
+def run_closed_forms(data: Path, quick: bool) -> dict[str, float]:
+    count, loads = (20_000, closed_forms.LOADS[:2]) if quick else (100_000, closed_forms.LOADS)
+    compared = [closed_forms.compare(system, load, count) for system in closed_forms.SYSTEMS for load in loads]
+    print(closed_forms.table(compared), flush=True)
+    return {"closed_forms_largest": round(max(abs(each.relative) for each in compared), 4)}
 
 
 def run_simdistserve(data: Path, quick: bool) -> dict[str, float]:
@@ -78,6 +89,7 @@ def run_distserve(data: Path, quick: bool) -> dict[str, float]:
 
 
 SECTIONS: dict[str, Callable[[Path, bool], dict[str, float]]] = {
+    "closed_forms": run_closed_forms,
     "simdistserve": run_simdistserve,
     "splitwise": run_splitwise,
     "distserve": run_distserve,
