@@ -18,7 +18,7 @@ from .batch import DrawSpec, RowSpan
 from .interface import LayerParts
 from .native_abi import TYPES, Draw, Threads, declare
 from .native_build import build_native, processor_flags
-from .native_parts import NativeAttention, NativeLinear, NativeStack, huge_pages, runs_in_one_go
+from .native_parts import NativeAttention, NativeLinear, NativeStack, WeightMemory, runs_in_one_go
 from .reference import argmax
 
 LARGEST_HEAD = {torch.float32: 256, torch.bfloat16: 512}  # head dimensions that fit the registers of decode attention
@@ -39,9 +39,10 @@ class NativeLibrary:
         self._library = ctypes.CDLL(str(build_native(architecture, options)))
         self.deterministic = deterministic
         declare(self._library)
-        self._threads = Threads(self._library, max(1, threads))
+        self._num_threads = max(1, threads)
+        self._threads = Threads(self._library, self._num_threads)
         self._pool = self._threads.handle
-        self._packed_bytes = 0
+        self._memory, self._packed_bytes = WeightMemory(), 0
         # oneDNN's AMX tiles beat everything that can be done with vectors, and half precision without dot products is
         # best left to it, too. A packed linear is the only one whose results never depend on the batch.
         features = self._library.baton_features()
@@ -59,9 +60,9 @@ class NativeLibrary:
         words = self._library.baton_packed_words(kind, outputs, inputs)
         if words == 0:
             return cpu.CpuLinear(weight, bias)
-        packed = huge_pages(words)
+        packed = self._memory.take(words)
         self._packed_bytes += 4 * words
-        if self._packed_bytes > LARGEST_CACHED:
+        if self._packed_bytes > LARGEST_CACHED and self._num_threads > 1:  # one thread alone gains nothing by it
             self._library.baton_pool_stream(self._pool)
         self._library.baton_pack(kind, weight.contiguous().data_ptr(), outputs, inputs, packed.data_ptr())
         return NativeLinear(self._library, self._threads, packed, (outputs, inputs), bias, weight.dtype)

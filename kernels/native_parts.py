@@ -19,6 +19,9 @@ from .batch import AttentionSpec, RowSpan
 from .interface import LayerParts, PagedAttention, Turn
 from .native_abi import GATES, PANEL, TYPES, Buffers, DecoderLayer, Layer, Row, Stack, Step, Threads, Turns, Weight
 
+HUGE_PAGE, CHUNK_BYTES = 2 << 20, 64 << 20
+LINE_WORDS = 16
+
 
 class NativeLinear:
     """y = x W' + b over panels of 64 outputs."""
@@ -173,9 +176,27 @@ def _described(parts: LayerParts) -> DecoderLayer:
     )  # fmt: skip
 
 
-def huge_pages(words: int) -> Tensor:
-    """int32 [words] in huge pages where the system gives them: reading weights through small ones is a fifth slower."""
-    memory = mmap.mmap(-1, 4 * words, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+class WeightMemory:
+    """Memory for packed weights, one behind the other in huge pages where the system gives them: through small ones reading is
+    slower, and a weight in pages of its own gets few huge ones, since most are neither large enough nor aligned."""
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.int32)  # what is left of the last mapping
+
+    def take(self, words: int) -> Tensor:
+        """int32 [words], at the beginning of a cache line; all zero."""
+        if self._free.numel() < words:
+            self._free = _huge_pages(max(4 * words, CHUNK_BYTES))
+        taken, self._free = self._free[:words], self._free[-(-words // LINE_WORDS) * LINE_WORDS :]
+        return taken
+
+
+def _huge_pages(num_bytes: int) -> Tensor:
+    """int32 over whole and aligned huge pages. What is never written to takes no memory."""
+    num_bytes = -(-num_bytes // HUGE_PAGE) * HUGE_PAGE
+    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.int32, count=words)
+    whole = torch.frombuffer(memory, dtype=torch.int32)
+    skipped = -whole.data_ptr() % HUGE_PAGE // 4
+    return whole[skipped : skipped + num_bytes // 4]

@@ -15,7 +15,7 @@ from baton.kernels.batch import AttentionSpec, DrawSpec, RowSpan
 from baton.kernels.cpu import CpuLinear
 from baton.kernels.native import NativeLibrary
 from baton.kernels.native_build import build_native
-from baton.kernels.native_parts import NativeAttention, NativeLinear
+from baton.kernels.native_parts import CHUNK_BYTES, HUGE_PAGE, NativeAttention, NativeLinear, WeightMemory
 from baton.kernels.table import KERNELS, make_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -164,6 +164,19 @@ def test_weights_too_large_for_the_caches_give_the_same_bits(library: NativeLibr
     for count, (product, gated) in zip((1, 3), cached, strict=True):
         assert torch.equal(linear(x[:count]), product)
         assert torch.equal(linear.gated("silu", x[:count]), gated)
+
+
+def test_weights_lie_one_behind_the_other_in_whole_huge_pages() -> None:
+    memory = WeightMemory()
+    sizes = (100, HUGE_PAGE // 4, 7, CHUNK_BYTES // 4, 33)
+    weights = [memory.take(words) for words in sizes]
+    for number, (weight, words) in enumerate(zip(weights, sizes, strict=True)):
+        assert weight.numel() == words
+        assert weight.data_ptr() % 64 == 0
+        weight.fill_(number)
+    assert weights[0].data_ptr() % HUGE_PAGE == 0
+    assert weights[1].data_ptr() == weights[0].data_ptr() + 448  # on the next cache line
+    assert [int(weight.sum()) for weight in weights] == [number * words for number, words in enumerate(sizes)]
 
 
 def test_rows_outside_of_the_weight_are_refused(library: NativeLibrary) -> None:
