@@ -36,6 +36,20 @@ class StepShape:
     def num_tokens(self) -> int:
         return self.prefill_tokens + self.decode_rows
 
+    def with_decodes(self, rows: int, context: int) -> StepShape:
+        """The same with more decode rows, which are sampled from, and the tokens whose KV they read together."""
+        if not rows:
+            return self
+        return StepShape(
+            self.prefill_rows,
+            self.prefill_tokens,
+            self.prefill_pairs,
+            self.prefill_context,
+            self.decode_rows + rows,
+            self.decode_context + context,
+            self.sampled + rows,
+        )
+
 
 def shape_of(plan: StepPlan) -> StepShape:
     """The shape of a plan."""

@@ -24,7 +24,6 @@ class Batch:
     """A plan in the making. `budget` and `seats` are the tokens and rows that are left.
 
     reports  prompt tokens that may still be reported in this step
-    recurs   every row so far feeds a token that was sampled here and samples the next, of a sequence that stays here
     """
 
     step: int
@@ -34,7 +33,6 @@ class Batch:
     reports: int
     rows: list[StepRow] = field(default_factory=list)
     sequences: list[SequenceState] = field(default_factory=list)
-    recurs: bool = True
 
     @property
     def full(self) -> bool:
@@ -61,8 +59,6 @@ class Batch:
             )
         )
         self.sequences.append(sequence)
-        if num_tokens > 1 or not sample or sequence.spec.hand_over or start < sequence.num_given:
-            self.recurs = False
         self.budget -= num_tokens
         self.seats -= 1
         sequence.num_planned = end
@@ -82,8 +78,6 @@ class Batch:
         output_index = len(tokens) - len(spec.prompt)
         self.rows.append(StepRow(spec.attempt, start, (tokens[start],), sequence.blocks, spec.sampling, output_index, True))
         self.sequences.append(sequence)
-        if spec.hand_over or start < sequence.num_given:
-            self.recurs = False
         self.budget -= 1
         self.seats -= 1
         sequence.num_planned = start + 1
@@ -161,8 +155,6 @@ class Batcher:
         self._add_prompts(batch, [s for s in running if s.num_remaining > 1 and self._may_run(s, batch.step)])
         if not batch.rows:
             self._add_decodes(batch)
-        else:
-            batch.recurs = False  # even if it looks like it: the sequences that decode are left out
 
     def _add_decodes(self, batch: Batch) -> list[SequenceState]:
         """A row for every sequence that decodes. Returns those whose prompts have been begun, if there is room for them."""
@@ -199,7 +191,7 @@ class Batcher:
     def _in_turn(self) -> list[SequenceState]:
         """Running sequences, those first that have not been in a step for longest: with a limit to the context of a step, all
         that do not fit into one take turns. Those that came while a step ran go before those that were in it."""
-        return sorted(self._phases.running, key=lambda sequence: (sequence.last_sampled_step, sequence.place))
+        return sorted(self._phases.running, key=turn)
 
     def _may_run(self, sequence: SequenceState, step: int) -> bool:
         """Whether step `step` may contain a row of this running sequence."""
@@ -286,3 +278,8 @@ class Batcher:
         who has a row in this batch is taken. A sequence to be handed over never is: its blocks are being pushed.
         """
         return (sequence for sequence in reversed(self._phases.running) if not sequence.spec.hand_over)
+
+
+def turn(sequence: SequenceState) -> tuple[int, int]:
+    """Who takes turns goes in ascending order of this."""
+    return (sequence.last_sampled_step, sequence.place)

@@ -19,11 +19,11 @@ class Committer:
         self._phases = phases
         self.prefix_cache = prefix_cache
 
-    def commit_row(self, sequence: SequenceState, row: StepRow, output: RowOutput, ahead: int = 0) -> list[SequenceEvent]:
-        """Take in one row, which is `ahead` tokens further on than it says. That of a sequence that has ended is discarded."""
+    def commit_row(self, sequence: SequenceState, row: StepRow, output: RowOutput) -> list[SequenceEvent]:
+        """Take in one row. That of a sequence that has ended is discarded."""
         events: list[SequenceEvent] = []
         if sequence.phase is not Phase.ENDED:
-            sequence.num_computed = row.end + ahead
+            sequence.num_computed = row.end
             self.publish(sequence, sequence.num_computed)
             if output.prompt_logprobs:
                 sequence.prompt_logprobs += output.prompt_logprobs
@@ -34,25 +34,6 @@ class Committer:
         if (preempted := self._phases.row_done(sequence)) is not None:
             events.append(preempted)
         return events
-
-    def commit_decode(
-        self, sequences: Sequence[SequenceState], rows: Sequence[StepRow], ahead: int, token: int
-    ) -> list[tuple[SequenceState, SequenceEvent]]:
-        """`commit_row` of decode rows that all sampled `token`. Of their events it returns those of sequences that leave."""
-        left: list[tuple[SequenceState, SequenceEvent]] = []
-        sampled = RowOutput((token,))
-        for sequence, row in zip(sequences, rows, strict=True):
-            going_on = len(sequence.tokens) + 1 < sequence.limit and sequence.num_in_flight == 1
-            if going_on and sequence.phase is Phase.RUNNING and not self.prefix_cache:  # nothing but one more token
-                sequence.tokens.append(token)
-                sequence.num_computed = sequence.num_planned
-                sequence.num_placeholders -= 1
-                sequence.num_in_flight = 0
-                continue
-            events = self.commit_row(sequence, row, sampled, ahead)
-            if sequence.phase is not Phase.RUNNING:
-                left += [(sequence, event) for event in events]
-        return left
 
     def publish(self, sequence: SequenceState, num_computed: int) -> None:
         """Tell the prefix cache of the blocks that are full of computed KV."""

@@ -5,7 +5,7 @@ The scheduler never looks at a clock, never does I/O and never draws a random nu
 the same plans, in the service and in the simulator.
 
 Its parts: `sequence` (one sequence), `phases` (where each one stands, who gives blocks back), `batching`
-(forming a plan), `committing` (taking in what a step computed), `fast_forward` (how often a plan recurs, and many steps at once).
+(forming a plan), `committing` (taking in what a step computed). `counting` is the same scheduler for simulators.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from dataclasses import dataclass
 
 from ..core.errors import InternalError, InvalidRequest
 from ..core.request import Attempt, SequenceSpec
-from ..core.step import PreemptedEvent, SequenceEvent, StepOutput, StepPlan, TokenEvent
+from ..core.step import PreemptedEvent, RowOutput, SequenceEvent, StepOutput, StepPlan, StepRow
 from ..policy.ordering import Ordering, Waiting
 from .batching import Batch, Batcher, Limits
 from .blocks import BlockPool, HashChain
 from .committing import Committer, check_output
-from .fast_forward import InFlight, advance, num_repeats
 from .phases import Phases
 from .sequence import Phase, SequenceInfo, SequenceState
 
@@ -59,6 +58,14 @@ class SchedulerConfig:
     eager_pipeline: bool = False
 
 
+@dataclass(slots=True)
+class InFlight:
+    """A plan that is not committed, and the sequences of its rows."""
+
+    plan: StepPlan
+    sequences: list[SequenceState]
+
+
 class Scheduler:
     """Batches the sequences of one worker. Plans are committed (or failed) in the order in which they were made.
 
@@ -73,7 +80,6 @@ class Scheduler:
         self._pool = pool
         self._config = config
         self._order = order
-        self._phases = Phases(pool, config.return_preempted)
         self._preempted: list[PreemptedEvent] = []
         batch_limits = Limits(
             config.max_num_seqs,
@@ -83,13 +89,12 @@ class Scheduler:
             config.phases_apart,
             config.eager_pipeline,
         )
-        self._batcher = Batcher(pool, self._phases, batch_limits, prefix_cache, self._preempted)
+        self._phases, self._batcher = self._make_parts(batch_limits, prefix_cache)
         self._committer = Committer(pool, self._phases, prefix_cache)
         self._uncommitted: deque[InFlight] = deque()
         self._max_in_flight = _max_in_flight(config)
         self._step = 0
         self._num_taken_in = 0
-        self._disturbed = False  # whether the next plan may differ because of what is in flight, came or went
         self._just_ended: dict[Attempt, SequenceInfo] = {}
 
     # ---- what is here --------------------------------------------------------------------------
@@ -138,7 +143,6 @@ class Scheduler:
         Raises InvalidRequest when it can never run.
         """
         self._phases.wait(self._sequence(spec, list(spec.known_tokens), now))
-        self._disturbed = True
 
     def adopt(self, spec: SequenceSpec, blocks: Sequence[int], first_token: int, now: float) -> None:
         """Run on a sequence whose KV for `spec.known_tokens` lies in `blocks`, one reference of each passing to the scheduler.
@@ -155,7 +159,6 @@ class Scheduler:
         sequence.last_sampled_step = self._step  # its turn comes after all that wait for theirs
         self._phases.adopt(sequence)
         self._committer.publish(sequence, sequence.num_computed)
-        self._disturbed = True
 
     def abort(self, attempt: Attempt) -> bool:
         """Drop a sequence in whatever phase. Returns whether it was here. No event follows."""
@@ -163,7 +166,6 @@ class Scheduler:
         if sequence is None:
             return False
         self._phases.end(sequence)
-        self._disturbed = True
         return True
 
     def release(self, attempt: Attempt) -> None:
@@ -180,15 +182,10 @@ class Scheduler:
         if len(self._uncommitted) >= self._max_in_flight:
             return None
         batch = Batch(self._step + 1, now, self._config.max_step_tokens, self._config.max_num_seqs, self._config.max_reported)
-        num_preempted = self._phases.num_preempted
-        self._batcher.fill(batch)
-        # With the blocks of whom this plan preempted the next one may start somebody.
-        self._disturbed = bool(self._uncommitted) or self._phases.num_preempted > num_preempted
-        if not batch.rows:
-            return None
-        self._step = batch.step
-        plan = StepPlan(batch.step, tuple(batch.rows))
-        self._uncommitted.append(InFlight(plan, batch.sequences, batch.recurs))
+        plan = self._form(batch)
+        if plan is not None:
+            self._step = batch.step
+            self._uncommitted.append(InFlight(plan, batch.sequences))
         return plan
 
     def commit(self, plan: StepPlan, output: StepOutput, now: float) -> list[SequenceEvent]:
@@ -199,10 +196,7 @@ class Scheduler:
         self._just_ended = {}
         events: list[SequenceEvent] = []
         for sequence, row, answer in zip(entry.sequences, plan.rows, output.rows, strict=True):
-            made = self._committer.commit_row(sequence, row, answer, entry.ahead)
-            if made and sequence.phase is Phase.ENDED:
-                self._just_ended[sequence.attempt] = sequence.info
-            events += made
+            events += self._commit_row(sequence, row, answer)
         return events
 
     def fail(self, plan: StepPlan) -> list[Attempt]:
@@ -215,7 +209,6 @@ class Scheduler:
                 self._phases.end(sequence)
                 given_up.append(sequence.attempt)
             self._phases.row_done(sequence)
-        self._disturbed = True
         return given_up
 
     def take_events(self) -> list[SequenceEvent]:
@@ -224,64 +217,32 @@ class Scheduler:
         self._preempted.clear()
         return events
 
-    # ---- many decode steps at once, for simulators ---------------------------------------------
-
-    def repeatable(self, plan: StepPlan) -> int:
-        """How many steps in a row consist of this plan's rows, each one token further on, if no event and no stop token comes.
-
-        Asked before `plan` is committed. At least 1: the plan itself; and 1 for a plan that was made ahead of a commit.
-        """
-        if self._disturbed or not self._uncommitted:
-            return 1
-        entry = self._uncommitted[-1]
-        if entry.plan is not plan or not entry.recurs:
-            return 1
-        if self._config.max_context and len(entry.sequences) < self.num_running:
-            return 1  # others take their turn
-        repeats = num_repeats(entry.sequences, self._pool, until_publish=self.num_waiting > 0 and self._has_seat)
-        return min(repeats, entry.repeats_within(self._config.max_context))
-
-    @property
-    def disturbed(self) -> bool:
-        """Whether a sequence came or went, or a plan failed, since the latest plan; or that was made ahead of a commit."""
-        return self._disturbed
-
-    def recurs(self, plan: StepPlan) -> bool:
-        """Whether `plan`, the newest, consists of decode rows of sequences that go on here."""
-        return bool(self._uncommitted) and self._uncommitted[-1].plan is plan and self._uncommitted[-1].recurs
-
-    def advance(self, plan: StepPlan, steps: int, token: int) -> None:
-        """Take in `steps` (below `repeatable`) recurrences of `plan` in each of which every row sampled `token`.
-
-        Everything is as if they had been committed and planned again one by one. `plan` goes on standing for the step in
-        flight, although its rows are `steps` tokens further on by now.
-        """
-        entry = self._oldest(plan)
-        self._require_recurring(entry)
-        advance(entry.sequences, self._pool, self._committer, steps, token)
-        entry.ahead += steps
-        self._step += steps
-        self._just_ended = {}
-
-    def commit_decode(self, plan: StepPlan, token: int) -> list[SequenceEvent]:
-        """`commit` of a plan of decode rows that all sampled `token`. Of its events it returns those of sequences that leave."""
-        entry = self._oldest(plan)
-        self._require_recurring(entry)
-        self._uncommitted.popleft()
-        left = self._committer.commit_decode(entry.sequences, plan.rows, entry.ahead, token)
-        self._just_ended = {s.attempt: s.info for s, event in left if isinstance(event, TokenEvent) and event.finish is not None}
-        return [event for _, event in left]
-
     def check(self) -> None:
         """Raise InternalError unless the books are in order."""
         self._phases.check()
         self._pool.check()
-        in_flight = {sequence for entry in self._uncommitted for sequence in entry.sequences}
-        draining = sum(len(s.blocks) for s in in_flight if s.phase in (Phase.ENDED, Phase.LEAVING))
+        draining = sum(len(s.blocks) for s in self._sequences_in_flight() if s.phase in (Phase.ENDED, Phase.LEAVING))
         if draining != self._phases.draining_blocks:
             raise InternalError(f"{self._phases.draining_blocks} blocks are expected from plans in flight, not {draining}")
 
     # ---- inside --------------------------------------------------------------------------------
+
+    def _make_parts(self, limits: Limits, prefix_cache: bool) -> tuple[Phases, Batcher]:
+        phases = Phases(self._pool, self._config.return_preempted)
+        return phases, Batcher(self._pool, phases, limits, prefix_cache, self._preempted)
+
+    def _form(self, batch: Batch) -> StepPlan | None:
+        self._batcher.fill(batch)
+        return StepPlan(batch.step, tuple(batch.rows)) if batch.rows else None
+
+    def _commit_row(self, sequence: SequenceState, row: StepRow, output: RowOutput) -> list[SequenceEvent]:
+        events = self._committer.commit_row(sequence, row, output)
+        if events and sequence.phase is Phase.ENDED:
+            self._just_ended[sequence.attempt] = sequence.info
+        return events
+
+    def _sequences_in_flight(self) -> set[SequenceState]:
+        return {sequence for entry in self._uncommitted for sequence in entry.sequences}
 
     def _sequence(self, spec: SequenceSpec, tokens: list[int], now: float) -> SequenceState:
         self._require_possible(spec, len(tokens))
@@ -326,11 +287,6 @@ class Scheduler:
     def _has_seat(self) -> bool:
         """Whether a waiting sequence may start as far as the number of those that run is concerned."""
         return len(self._phases.running) < self._config.max_num_seqs
-
-    @staticmethod
-    def _require_recurring(entry: InFlight) -> None:
-        if not entry.recurs:
-            raise InternalError(f"plan {entry.plan.step} holds more than decode rows: it does not recur")
 
     def _oldest(self, plan: StepPlan) -> InFlight:
         if not self._uncommitted or self._uncommitted[0].plan is not plan:

@@ -13,6 +13,7 @@ from random import Random
 
 from ..core.errors import InternalError, InvalidRequest, Unavailable
 from ..core.request import Attempt, Request, SequenceSpec, WorkerRef
+from ..engine.counting import REPORT_EVERY
 from ..kv_transfer.ticket import Ticket
 from ..policy.admission import ADMISSION
 from ..policy.ordering import ORDERING
@@ -20,7 +21,6 @@ from ..policy.routing import ROUTING
 from ..router import events as ev
 from ..router.lifecycle import Lifecycle, LifecycleConfig
 from .decode import DecodeWorker
-from .device import PROGRESS_EVERY
 from .fleet import Fleet
 from .heap import EventHeap
 from .port import TokenNews
@@ -256,7 +256,7 @@ class Cluster:
                 self._post(ev.FirstToken(now, worker, attempt))
             if item.finished:
                 self._post(ev.Finished(now, worker, attempt))
-            elif before // PROGRESS_EVERY != item.num_output // PROGRESS_EVERY:
+            elif before // REPORT_EVERY != item.num_output // REPORT_EVERY:
                 self._post(ev.Progress(now, worker, attempt, item.num_output))
 
     def _take_grant(self, worker: WorkerRef, ticket: Ticket) -> None:

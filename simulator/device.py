@@ -1,7 +1,7 @@
 """The engine's loop of one worker in virtual time: plan, price, commit.
 
-Decode steps that recur are taken many at a time: the scheduler says how often, and whatever happens to the worker
-meanwhile first sees the state that single steps would have left, and may cut the run short. No decision is different.
+With a scheduler that counts, decode steps that recur are taken many at a time: it says how often, and whatever happens to the
+worker meanwhile first sees the state that single steps would have left, and may cut the run short. No decision is different.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-from ..core.request import Attempt
 from ..core.shape import StepShape, shape_of
 from ..core.step import RowOutput, SequenceEvent, StepOutput, StepPlan
+from ..engine.counting import CountingScheduler
 from ..engine.scheduler import Scheduler
 from ..engine.timing import StepTimes
 from .cost import series
@@ -24,8 +24,6 @@ from .pipeline import Pipeline
 from .setup import PoolSetup
 from .timeline import Timeline
 from .tokens import SAMPLED
-
-PROGRESS_EVERY = 32  # tokens between two Progress events of a sequence, as in the router's intake
 
 _SAMPLED = RowOutput((SAMPLED,))
 _NOTHING = RowOutput()
@@ -48,10 +46,6 @@ class Owner(Protocol):
         """What a step, or the planning of one, made."""
         ...
 
-    def on_progress(self, reached: Sequence[tuple[Attempt, int]]) -> None:
-        """Sequences that have reached so many output tokens, a multiple of PROGRESS_EVERY, in the midst of a run."""
-        ...
-
     def may_repeat(self) -> bool:
         """Whether decode steps may be taken many at a time: nobody looks at every single one."""
         ...
@@ -59,11 +53,8 @@ class Owner(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Step:
-    """A plan under way: `steps` recurrences of it one after the other, of which `done` are taken in.
-
-    context   tokens that the decode rows of the first one attend to
-    progress  (recurrence, sequence, its output tokens after it) of those that are to be reported, the last one first
-    """
+    """A plan under way: `steps` recurrences of it one after the other, of which `done` are taken in. `shape` is that of the
+    first."""
 
     plan: StepPlan
     shape: StepShape
@@ -72,11 +63,10 @@ class _Step:
     ends: float
     steps: int = 1
     done: int = 0
-    progress: list[tuple[int, Attempt, int]] = field(default_factory=list)
 
 
 class Device:
-    """Runs the plans of one scheduler until it is stopped. `fast` lets decode steps be taken many at a time."""
+    """Runs the plans of one scheduler until it is stopped."""
 
     def __init__(
         self,
@@ -85,7 +75,6 @@ class Device:
         setup: PoolSetup,
         owner: Owner,
         meter: Meter,
-        fast: bool,
         track: tuple[Timeline, str] | None,
     ) -> None:
         self._times = StepTimes()  # in seconds of one stage
@@ -97,7 +86,7 @@ class Device:
         self._token_overhead = setup.token_overhead
         self._owner = owner
         self._meter = meter
-        self._fast = fast and setup.cost.stages == 1
+        self._counting = scheduler if isinstance(scheduler, CountingScheduler) else None
         self._track = track
         self._pipeline = Pipeline(setup.cost.stages)
         self._max_under_way = sys.maxsize if setup.eager_pipeline and setup.cost.stages > 1 else setup.cost.stages
@@ -157,11 +146,11 @@ class Device:
         if not self._under_way or (run := self._under_way[0]).steps - run.done == 1:
             return
         used = self._owner.num_used
-        if used == self._used_before and not self._scheduler.disturbed and self._owner.may_repeat():
+        if used == self._used_before and not self._runs.disturbed and self._owner.may_repeat():
             return
         # The scheduler knows what came and went, but not that somebody else gave blocks back which a waiting sequence needs.
         may_start = self._scheduler.num_waiting > 0 and used < self._used_before
-        repeats = 1 if may_start or not self._owner.may_repeat() else self._scheduler.repeatable(run.plan)
+        repeats = 1 if may_start or not self._owner.may_repeat() else self._runs.repeatable(run.plan)
         if run.done + repeats < run.steps:
             self._set_length(run, run.done + repeats)
 
@@ -175,25 +164,13 @@ class Device:
         while done > run.done and self._run_seconds(run, done) > elapsed:
             done -= 1
         if done > run.done:
-            self._scheduler.advance(run.plan, done - run.done, SAMPLED)
+            self._runs.advance(run.plan, done - run.done)
             self._account(run, done)
-
-    def _start_run(self, step: _Step) -> None:
-        repeats = self._scheduler.repeatable(step.plan) if self._owner.may_repeat() else 1
-        self._set_length(step, repeats)
-        for row in step.plan.rows:
-            first = PROGRESS_EVERY - row.output_index % PROGRESS_EVERY
-            if first <= repeats:
-                reached = range(first, repeats + 1, PROGRESS_EVERY)
-                step.progress += [(after, row.attempt, row.output_index + after) for after in reached]
-        if step.progress:
-            step.progress.sort(key=_recurrence, reverse=True)
-            self._await_progress(step)
 
     def _set_length(self, run: _Step, steps: int) -> None:
         run.steps = steps
         run.ends = run.began + (self._run_seconds(run, steps) if steps > 1 else run.seconds + self._host_seconds(run.shape))
-        self._heap.push(run.ends, self._end_run, run, steps)
+        self._heap.push(run.ends, self._end_step, run, steps)
 
     def _run_seconds(self, run: _Step, steps: int) -> float:
         """From the beginning of the run to the end of its first `steps` steps."""
@@ -203,40 +180,6 @@ class Device:
 
     def _host_seconds(self, shape: StepShape) -> float:
         return self._overhead + self._token_overhead * (shape.prefill_context + shape.decode_context)
-
-    def _await_progress(self, run: _Step) -> None:
-        if run.progress and run.progress[-1][0] < run.steps:
-            self._heap.push(run.began + self._run_seconds(run, run.progress[-1][0]), self._report_progress, run)
-
-    def _report_progress(self, run: _Step) -> None:
-        if not self._under_way or self._under_way[0] is not run or not run.progress:
-            return
-        after = run.progress[-1][0]
-        if after >= run.steps:
-            return  # the run was cut: its last step reports like any other
-        reached = []
-        while run.progress and run.progress[-1][0] == after:
-            reached.append(run.progress.pop()[1:])
-        self._owner.on_progress(reached)
-        self._await_progress(run)
-
-    def _end_run(self, run: _Step, steps: int) -> None:
-        if not self._under_way or self._under_way[0] is not run or run.steps != steps:
-            return
-        if run.done < steps - 1:
-            self._scheduler.advance(run.plan, steps - 1 - run.done, SAMPLED)
-        self._meter.reached(self._heap.now, self._owner.num_used)
-        events = self._scheduler.commit_decode(run.plan, SAMPLED)
-        self._under_way.popleft()
-        self._account(run, steps)
-        self._woken = True  # planned below, whatever the owner makes of the news
-        if run.progress:
-            ended = {event.attempt for event in events}
-            reached = [(attempt, count) for after, attempt, count in run.progress if after == steps and attempt not in ended]
-            if reached:
-                self._owner.on_progress(reached)
-        self._owner.on_events(events)
-        self._plan_next()
 
     # ---- single steps --------------------------------------------------------------------------
 
@@ -257,30 +200,42 @@ class Device:
 
     def _begin(self, plan: StepPlan, now: float) -> None:
         shape = shape_of(plan)
+        if self._counting is not None:
+            shape = shape.with_decodes(*self._counting.counted(plan))
         seconds = self._cost.seconds(shape)
         step = _Step(plan, shape, now, seconds, now)
         self._under_way.append(step)
         self.step = plan.step
-        if self._fast and not shape.prefill_rows and self._scheduler.recurs(plan):
-            self._start_run(step)
-            return
-        step.ends = self._pipeline.enter(now, seconds, self._host_seconds(shape))
-        self._heap.push(step.ends, self._end_step, step)
         if self._pipeline.stages > 1:
+            step.ends = self._pipeline.enter(now, seconds, self._host_seconds(shape))
+            self._heap.push(step.ends, self._end_step, step, 1)
             self._heap.push(self._pipeline.enters_at, self._plan_next)
-
-    def _end_step(self, step: _Step) -> None:
-        if not self._under_way or self._under_way[0] is not step:
             return
-        self._meter.reached(self._heap.now, self._owner.num_used)
+        repeats = 1
+        if self._counting is not None and self._owner.may_repeat():
+            repeats = self._counting.repeatable(plan)
+        self._set_length(step, repeats)
+
+    def _end_step(self, step: _Step, steps: int) -> None:
+        if not self._under_way or self._under_way[0] is not step or step.steps != steps:
+            return
         plan = step.plan
+        if step.done < steps - 1:
+            self._runs.advance(plan, steps - 1 - step.done)
+        self._meter.reached(self._heap.now, self._owner.num_used)
         rows = tuple([_SAMPLED if row.sample else _NOTHING for row in plan.rows])
         events = self._scheduler.commit(plan, StepOutput(plan.step, rows, step.seconds), self._heap.now)
         self._under_way.popleft()
-        self._account(step, 1)
+        self._account(step, steps)
         self._woken = True  # planned below, whatever the owner makes of the news
         self._owner.on_events(events)
         self._plan_next()
+
+    @property
+    def _runs(self) -> CountingScheduler:
+        """The scheduler where steps are taken many at a time: no other lets a plan recur."""
+        assert self._counting is not None
+        return self._counting
 
     # ---- books ---------------------------------------------------------------------------------
 
@@ -325,7 +280,3 @@ class Device:
         decode = StepShape(decode_rows=1, decode_context=num_tokens, sampled=1)
         self._times.observe_prefill(num_tokens, self._cost.seconds(prompt))
         self._times.observe_decode(self._cost.seconds(decode), self._cost.seconds(decode), 1)
-
-
-def _recurrence(progress: tuple[int, Attempt, int]) -> int:
-    return progress[0]

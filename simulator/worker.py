@@ -15,14 +15,16 @@ from ..core.request import Attempt, SequenceSpec, WorkerRef
 from ..core.step import ComputedEvent, FailedEvent, PreemptedEvent, SequenceEvent, TokenEvent
 from ..core.view import Role, WorkerLoad
 from ..engine.blocks import BlockPool
+from ..engine.counting import REPORT_EVERY, CountingScheduler
 from ..engine.scheduler import Scheduler, SchedulerConfig
 from ..policy.ordering import ORDERING
-from .device import PROGRESS_EVERY, Device
+from .device import Device
 from .heap import EventHeap
 from .meter import Meter
 from .port import RouterPort, TokenNews
 from .setup import PoolSetup
 from .timeline import Timeline
+from .tokens import SAMPLED
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +49,15 @@ class SimulatedWorker(ABC):
         self.alive = True
         self.touched = True  # something has happened since the last heartbeat
         self.blocks = BlockPool(setup.num_blocks, setup.block_size, setup.prefix_cache)
-        self.scheduler = Scheduler(self.blocks, _scheduler_config(setup), ORDERING[setup.ordering])
+        config, order = _scheduler_config(setup), ORDERING[setup.ordering]
+        self.scheduler = (
+            CountingScheduler(self.blocks, config, order, SAMPLED) if place.fast else Scheduler(self.blocks, config, order)
+        )
         self.heap = heap
         self.port = port
         self.meter = meter
         track = None if timeline is None else (timeline, f"workers/{place.ref.worker_id}")
-        self.device = Device(heap, self.scheduler, setup, self, meter, place.fast, track)
+        self.device = Device(heap, self.scheduler, setup, self, meter, track)
         self._without_token: set[Attempt] = set()
 
     # ---- from outside --------------------------------------------------------------------------
@@ -157,9 +162,6 @@ class SimulatedWorker(ABC):
     def may_repeat(self) -> bool:
         return True
 
-    def on_progress(self, reached: Sequence[tuple[Attempt, int]]) -> None:
-        self.port.tokens(self.ref, [TokenNews(attempt, num_output) for attempt, num_output in reached])
-
     def on_events(self, events: Sequence[SequenceEvent]) -> None:
         """As `worker.core.WorkerCore.on_events`; the router is spared tokens that decide nothing."""
         self.touched = True
@@ -206,7 +208,7 @@ class SimulatedWorker(ABC):
             info = self.scheduler.info(event.attempt)
             started, cached = (None, 0) if info is None else (info.first_scheduled, info.cached_tokens)
             news.append(TokenNews(event.attempt, num_output, event.finish is not None, started, cached))
-        elif event.finish is not None or num_output % PROGRESS_EVERY == 0:
+        elif event.finish is not None or num_output % REPORT_EVERY == 0:
             news.append(TokenNews(event.attempt, num_output, event.finish is not None))
 
 

@@ -361,7 +361,7 @@ def clusters(draw: st.DrawFn) -> tuple[ClusterSetup, list[PlannedRequest]]:
 
 
 @given(clusters())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_many_steps_at_once_change_no_outcome(drawn: tuple[ClusterSetup, list[PlannedRequest]]) -> None:
     setup, workload = drawn
     at_once, one_by_one = run(setup, workload).outcomes, run(setup, workload, fast=False).outcomes
