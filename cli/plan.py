@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Annotated
@@ -30,7 +30,7 @@ from ..placement.model_shape import find_model
 from ..placement.objective import OBJECTIVES, objective
 from ..placement.problem import Problem, SearchOptions, SearchResult
 from ..placement.profile import Profile, read_profile
-from ..placement.report import nearest_text, print_plan, summary_lines, tried, write_plan
+from ..placement.report import nearest_text, plan_page, print_plan, summary_lines, tried
 from ..placement.roofline import roofline_cost
 from ..placement.search import OnProgress, Progress, search
 from ..placement.space import CostMaker, Need, Price
@@ -38,11 +38,18 @@ from ..simulator.workload.lengths import LENGTH_FORMS, IndependentLengths, parse
 from ..simulator.workload.published import WORKLOADS
 from ..simulator.workload.traces import FORMATS, TraceOptions, guess_format, read_trace
 from . import screen
+from .files import write_all
+from .replan import Wish, plan_from_live
 
 NUM_DRAWN = 4096
 """Requests drawn from a length distribution: the mix that is planned for."""
 TOPOLOGY_FILE, PAGE_FILE = "topology.yaml", "plan.html"
 _QUICK = SearchOptions(num_requests=100, goodput=GoodputOptions((0,), 0.05))
+_LIVE = SearchOptions(goodput=GoodputOptions((0, 1, 2, 3, 4), 0.02))
+_LIVE_QUICK = SearchOptions(num_requests=100, goodput=GoodputOptions((0, 1, 2), 0.03))
+"""Differences are looked for: more seeds and finer steps than for a plan."""
+_SLO = {"ttft", "tpot", "attainment"}
+_WITH_LIVE = _SLO | {"from_live", "min_gain", "goal", "requests", "out", "workers", "ray", "quick"}
 _HARDWARE, _LOAD, _GOAL, _RESULT = "Hardware", "Load", "Objectives", "Report"
 
 
@@ -62,13 +69,27 @@ class _Load:
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="A model folder, or the name of a well-known model.", show_default=False)],
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(help="A model folder, or the name of a well-known model.", show_default=False)
+    ] = None,
+    from_live: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLUSTER",
+            help="Re-plan this running cluster instead, from what it has observed. Exit code 3 when a change is worth it.",
+            show_default=False,
+        ),
+    ] = None,
+    min_gain: Annotated[
+        float, typer.Option(min=0.0, help="With --from-live: the gain of goodput below which nothing is changed.")
+    ] = 0.1,
     gpu: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="KIND or KIND:COUNT, such as A100-80GB:32; once per kind.", show_default=False, rich_help_panel=_HARDWARE
         ),
-    ],
+    ] = None,
     ttft: Annotated[float, typer.Option(min=1e-6, help="Seconds to the first token.", rich_help_panel=_GOAL)] = Slo().ttft,
     tpot: Annotated[float, typer.Option(min=1e-6, help="Seconds per token after it.", rich_help_panel=_GOAL)] = Slo().tpot,
     attainment: Annotated[
@@ -122,6 +143,18 @@ def plan(
     console = screen.out()
     with screen.exits_on_error():
         _check_target(out)
+        num_workers = workers or len(os.sched_getaffinity(0))
+        if ray:
+            prepare_ray_environment()
+        if from_live is not None:
+            given = _given(context)
+            _refuse(given - _WITH_LIVE)
+            slo = Slo(ttft, tpot, attainment)
+            thorough = _LIVE_QUICK if quick else replace(_LIVE, num_requests=requests)
+            wish = Wish(from_live, slo, given & _SLO, goal, min_gain, thorough, num_workers, ray, out)
+            raise typer.Exit(plan_from_live(console, wish, _bar(screen.err())))
+        if model is None or not gpu:
+            raise InvalidRequest("--model and --gpu say what to plan for; or give --from-live and a running cluster", "model")
         check_cluster_name(name)
         shape = find_model(model)
         cluster = parse_cluster(gpu, Shape(nodes, gpus_per_node, node_link, network))
@@ -133,9 +166,7 @@ def plan(
         problem = Problem(need, cluster, demand, Slo(ttft, tpot, attainment), objective(goal, cluster, rate))
         cost = _cost_maker(problem, [read_profile(path) for path in profile or ()])
         options = _QUICK if quick else SearchOptions(requests, GoodputOptions((seed, seed + 1, seed + 2)))
-        if ray:
-            prepare_ray_environment()
-        with executor(workers or len(os.sched_getaffinity(0)), ray) as runner, _bar(screen.err()) as tell:
+        with executor(num_workers, ray) as runner, _bar(screen.err()) as tell:
             result = search(problem, cost, options, runner, tell)
             explanation = explain(result, options, runner)
         if explanation is None:
@@ -144,6 +175,18 @@ def plan(
         print_plan(console, result, explanation)
         if out is not None:
             _write(console, out, result, explanation, name, model)
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The options that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _refuse(names: set[str]) -> None:
+    if names:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+        raise InvalidRequest(f"{options}: the running cluster says this; leave it away, or leave --from-live away", min(names))
 
 
 def _demand(load: _Load) -> tuple[Demand, int]:
@@ -257,9 +300,7 @@ def _write(console: Console, out: Path, result: SearchResult, explanation: Expla
     folder = Path(model).expanduser()
     path = str(folder.resolve()) if folder.is_dir() else model
     text = topology_text(result, explanation, name, path, out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_plan(out / PAGE_FILE, result, explanation, text)
-    (out / TOPOLOGY_FILE).write_text(text, encoding="utf-8")
+    write_all({out / TOPOLOGY_FILE: text, out / PAGE_FILE: plan_page(result, explanation, text)})
     for file in (TOPOLOGY_FILE, PAGE_FILE):
         console.print(f"wrote {out / file}", soft_wrap=True)
 

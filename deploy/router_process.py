@@ -26,6 +26,7 @@ from ..api.grpc_server import HealthFace, InferenceFace, ServerInfo, build_serve
 from ..api.http_server import HttpFace, HttpServer
 from ..api.model_info import load_model_info, model_directory
 from ..api.tokenizer import TextTokenizer
+from ..api.workload_face import WorkloadFace
 from ..core.clock import MonotonicClock
 from ..core.errors import BatonError, TopologyError, Unavailable
 from ..core.topology import RouterConfig, Topology
@@ -34,6 +35,7 @@ from ..observability.metrics import Metrics
 from ..policy.admission import ADMISSION
 from ..policy.routing import ROUTING
 from ..proto import worker_pb2 as pb
+from ..proto import worker_pb2_grpc as rpc
 from ..router.lifecycle import Lifecycle, LifecycleConfig
 from ..router.readiness import Readiness
 from ..router.roster import ControllerLink
@@ -41,6 +43,7 @@ from ..router.service import RouterService, ServiceOptions
 from ..router.tape import TapeWriter
 from .listeners import Listeners, bind
 from .load_mode import follow_load, settle_memory
+from .settings import dump_topology
 
 SHUTDOWN_GRACE = 2.0  # seconds that running requests get to end by themselves
 ORPHAN_CHECK = 1.0  # seconds between looks at the controller link
@@ -91,7 +94,8 @@ async def serve_router(config: RouterConfig) -> None:
     epoch = secrets.randbits(48)
     options = ServiceOptions(config.router_id, epoch, topology.router.request_timeout, topology.router.seed)
     link = ControllerLink(config.controller, config.router_id)
-    service = RouterService(options, make_lifecycle(topology), MonotonicClock(), link, metrics, writer)
+    clock = MonotonicClock()
+    service = RouterService(options, make_lifecycle(topology), clock, link, metrics, writer)
     health = HealthFace()
     changes: asyncio.Queue[bool] = asyncio.Queue()
     canary = (await tokenizer.encode("a", add_special_tokens=False))[:2] or (0,)
@@ -102,6 +106,7 @@ async def serve_router(config: RouterConfig) -> None:
     info = ServerInfo(__version__, topology.cluster, config.router_id, topology.slo, time.monotonic())
     face = InferenceFace(service, readiness, model, tokenizer, info)
     grpc_server = build_server(face, health, shares_port=topology.router.replicas > 1)
+    rpc.add_RouterServicer_to_server(WorkloadFace(service.recent, dump_topology(topology), clock), grpc_server)
     listeners = bind(grpc_server, config)
     http_server = HttpServer(HttpFace(service, readiness, metrics, model, tokenizer, topology.slo).app(), listeners.http)
     registration = _registration(config, epoch, listeners)

@@ -16,6 +16,7 @@ from ..core.clock import Clock
 from ..core.step import SequenceEvent, StepOutput, StepPlan
 from .executor import Executor
 from .scheduler import Scheduler
+from .step_log import StepLog
 from .timing import StepTimes
 
 MAX_FAILURES = 10  # steps that fail in a row before the device counts as broken; more than one bad request gets attempts
@@ -30,6 +31,7 @@ class EngineLoop:
     """Drives one scheduler and one executor.
 
     times      learns from every committed step; may come with what the warm-up measured
+    log        remembers some of them
     on_events  called on the event loop with the number of each committed step and what it made, in order
     on_failed  called when the executor raised; the scheduler has already given up the plan's sequences
     """
@@ -42,8 +44,10 @@ class EngineLoop:
         clock: Clock,
         on_events: Callable[[int, list[SequenceEvent]], None],
         on_failed: Callable[[StepPlan, Exception], None],
+        log: StepLog | None = None,
     ) -> None:
         self.times = times
+        self.log = log or StepLog()
         self._scheduler = scheduler
         self._executor = executor
         self._clock = clock
@@ -134,8 +138,10 @@ class EngineLoop:
                 raise
             return
         self._num_failures = 0
+        period = self._clock.now() - self._began
         self._advance()
         self.times.observe(plan, output.seconds)
+        self.log.add(plan, output.seconds, period)
         self._on_events(plan.step, self._scheduler.commit(plan, output, self._clock.now()))
 
     def _advance(self) -> None:

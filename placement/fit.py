@@ -24,10 +24,11 @@ COEFFICIENTS = (
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A step that took `seconds`. `kind` is "prefill", "decode" or "mixed"."""
+    """A step that took `seconds`. `kind` is "prefill", "decode" or "mixed"; errors count `weight` times as much as others'."""
 
     shape: StepShape
     seconds: float
+    weight: float = 1.0
 
     @property
     def kind(self) -> str:
@@ -41,7 +42,7 @@ def fit_cost(measurements: Sequence[Measurement], stages: int = 1) -> LinearCost
     if len(measurements) < 3:
         raise InvalidRequest(f"{len(measurements)} measured steps are too few to fit a step's cost; measure at least 3")
     kinds = Counter(m.kind for m in measurements)
-    weights = np.array([(len(measurements) / kinds[m.kind]) ** 0.5 for m in measurements])
+    weights = np.array([m.weight * (len(measurements) / kinds[m.kind]) ** 0.5 for m in measurements])
     seconds = np.array([m.seconds for m in measurements])
     best: tuple[float, LinearCost] | None = None
     for floor in FLOORS:

@@ -121,14 +121,14 @@ def print_plan(console: Console, result: SearchResult, explanation: Explanation)
     console.print(rest)
 
 
-def write_plan(path: Path, result: SearchResult, explanation: Explanation, topology: str) -> None:
-    """The page. `topology` is the YAML that it shows. Makes missing folders."""
+def plan_page(result: SearchResult, explanation: Explanation, topology: str) -> str:
+    """The page. `topology` is the YAML that it shows."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["seconds"] = seconds
     best = result.best
     assert best is not None
-    page = environment.get_template("plan.html.j2").render(
+    return environment.get_template("plan.html.j2").render(
         problem=result.problem,
         title=_title(result.problem),
         unit=result.problem.objective.unit,
@@ -142,8 +142,6 @@ def write_plan(path: Path, result: SearchResult, explanation: Explanation, topol
         unfit=result.unfit,
         topology=topology,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
 
 
 def _title(problem: Problem) -> str:

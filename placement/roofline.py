@@ -7,7 +7,8 @@ head, plus handing its activations on. A prior: whatever `baton profile` measure
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from ..core.shape import StepShape
 from ..simulator.cost import series
@@ -16,6 +17,7 @@ from .hardware import Accelerator
 from .model_shape import Linear, ModelShape, bytes_of
 
 ACTIVATION_BYTES = 2  # activations stay in 16 bits whatever the weights are
+MEMORY_SHARE, MEMORY_RESERVE = 0.9, 2e9  # of a device's memory: what is used at all, and of that the bytes left for activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +140,8 @@ def kv_capacity(
     pipeline_parallel: int = 1,
     dtype: str = "bfloat16",
     kv_dtype: str = "bfloat16",
-    share: float = 0.9,
-    reserve_bytes: float = 2e9,
+    share: float = MEMORY_SHARE,
+    reserve_bytes: float = MEMORY_RESERVE,
 ) -> int:
     """Tokens whose KV fits beside the weights; 0 when the weights leave no room.
 
@@ -149,6 +151,12 @@ def kv_capacity(
     weights = shape.rank_weight_bytes(tensor_parallel, pipeline_parallel, dtype)
     room = device.memory_bytes * share - reserve_bytes - weights
     return max(0, int(room / shape.rank_kv_bytes_per_token(tensor_parallel, pipeline_parallel, kv_dtype)))
+
+
+def device_for_kv(shape: ModelShape, device: Accelerator, kv_bytes: float, dtype: str) -> Accelerator:
+    """The device with just the memory that leaves `kv_bytes` beside the weights: the inverse of `kv_capacity`."""
+    needed = shape.rank_weight_bytes(1, 1, dtype) + kv_bytes + MEMORY_RESERVE
+    return replace(device, memory_bytes=math.ceil(needed / MEMORY_SHARE))
 
 
 def _all_reduce(device: Accelerator, reached: Efficiency, ranks: int, hidden_bytes: int) -> tuple[float, float]:

@@ -160,7 +160,7 @@ def worker_kinds(cluster: Cluster, need: Need, budgets: Budgets, cost: CostMaker
         for tp, pp in sorted(_degrees(supply, need.model), key=lambda degrees: degrees[0] * degrees[1]):
             if least is not None and tp * pp > max(supply.per_node, 2 * least):
                 continue
-            room = kv_capacity(need.model, supply.accelerator, tp, pp, need.dtype)
+            room = kv_capacity(need.model, supply.accelerator, tp, pp, need.dtype, need.dtype)
             if room < need.max_len + budgets.block_size:
                 unfit.append(Unfit(supply.accelerator.name, tp, pp, _why_unfit(supply, need, tp, pp, room)))
                 continue

@@ -95,6 +95,14 @@ def num_devices(topology: Topology) -> int:
     return sum(pool.replicas * _devices(pool) * (pool.threads if pool.accelerator == CPU else 1) for pool in topology.pools)
 
 
+def device_of(pool: PoolSpec) -> Accelerator:
+    """The catalogue's entry; on a CPU, as many cores of it as the worker has threads."""
+    device = find_accelerator(pool.accelerator)
+    if device.name != CPU:
+        return device
+    return replace(device, flops_16=device.flops_16 * pool.threads, flops_8=device.flops_8 * pool.threads)
+
+
 def blocks_of(topology: Topology, pool: PoolSpec, shape: ModelShape) -> int:
     """KV blocks of every rank of one worker."""
     per_token = shape.rank_kv_bytes_per_token(pool.tensor_parallel, pool.pipeline_parallel, topology.model.dtype)
@@ -123,7 +131,7 @@ def _pool_cost(topology: Topology, pool: PoolSpec, shape: ModelShape, profiles: 
     degrees = pool.tensor_parallel, pool.pipeline_parallel
     if profile is not None:
         return PoolCost(profile.cost(shape, *degrees), f"measured on {_device_text(pool)}", profile.host_overhead)
-    device = _device(pool)
+    device = device_of(pool)
     return PoolCost(
         roofline_cost(shape, device, *degrees, topology.model.dtype), f"roofline of {_device_text(pool)}, not measured"
     )
@@ -132,14 +140,6 @@ def _pool_cost(topology: Topology, pool: PoolSpec, shape: ModelShape, profiles: 
 def _fits(profile: Profile, pool: PoolSpec) -> bool:
     same = find_accelerator(profile.accelerator).name == find_accelerator(pool.accelerator).name
     return same and (pool.accelerator != CPU or profile.threads in (0, pool.threads))
-
-
-def _device(pool: PoolSpec) -> Accelerator:
-    """The catalogue's entry; on a CPU, as many cores of it as the worker has threads."""
-    device = find_accelerator(pool.accelerator)
-    if device.name != CPU:
-        return device
-    return replace(device, flops_16=device.flops_16 * pool.threads, flops_8=device.flops_8 * pool.threads)
 
 
 def _fabric(pool: PoolSpec, topology: Topology, profiles: Sequence[Profile]) -> Fabric:
@@ -193,10 +193,9 @@ def _problems(topology: Topology, pool: PoolSpec, shape: ModelShape) -> list[str
             f"{where}.kv_memory: {pool.kv_memory_bytes / _GIB:.3g} GiB hold {num_blocks * pool.block_size} tokens; "
             f"one sequence of {limit} tokens needs {size:.3g} GiB, or set a smaller model.max_model_len"
         )
-    device = _device(pool)
-    room = kv_capacity(
-        shape, device, pool.tensor_parallel, pool.pipeline_parallel, topology.model.dtype, share=1.0, reserve_bytes=0.0
-    )
+    device = device_of(pool)
+    degrees, dtype = (pool.tensor_parallel, pool.pipeline_parallel), topology.model.dtype
+    room = kv_capacity(shape, device, *degrees, dtype, dtype, share=1.0, reserve_bytes=0.0)
     if device.name != CPU and num_blocks * pool.block_size > room:
         weights = shape.rank_weight_bytes(pool.tensor_parallel, pool.pipeline_parallel, topology.model.dtype)
         problems.append(

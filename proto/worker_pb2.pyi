@@ -326,6 +326,68 @@ class Heartbeat(_message.Message):
     others_context_tokens: int
     def __init__(self, step: _Optional[int] = ..., in_step: _Optional[bool] = ..., predicted_step: _Optional[float] = ..., prefill_rate: _Optional[float] = ..., decode_step: _Optional[float] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., tickets: _Optional[int] = ..., draining: _Optional[bool] = ..., others_assigned: _Optional[int] = ..., others_pending_tokens: _Optional[int] = ..., others_context_tokens: _Optional[int] = ...) -> None: ...
 
+class StepsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ObservedSteps(_message.Message):
+    __slots__ = ("steps",)
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    steps: _containers.RepeatedCompositeFieldContainer[ObservedStep]
+    def __init__(self, steps: _Optional[_Iterable[_Union[ObservedStep, _Mapping]]] = ...) -> None: ...
+
+class ObservedStep(_message.Message):
+    __slots__ = ("prefill_rows", "prefill_tokens", "prefill_pairs", "prefill_context", "decode_rows", "decode_context", "sampled", "seconds", "period")
+    PREFILL_ROWS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    DECODE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PERIOD_FIELD_NUMBER: _ClassVar[int]
+    prefill_rows: int
+    prefill_tokens: int
+    prefill_pairs: int
+    prefill_context: int
+    decode_rows: int
+    decode_context: int
+    sampled: int
+    seconds: float
+    period: float
+    def __init__(self, prefill_rows: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., prefill_pairs: _Optional[int] = ..., prefill_context: _Optional[int] = ..., decode_rows: _Optional[int] = ..., decode_context: _Optional[int] = ..., sampled: _Optional[int] = ..., seconds: _Optional[float] = ..., period: _Optional[float] = ...) -> None: ...
+
+class WorkloadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ObservedWorkload(_message.Message):
+    __slots__ = ("topology", "requests")
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    topology: str
+    requests: _containers.RepeatedCompositeFieldContainer[ObservedRequest]
+    def __init__(self, topology: _Optional[str] = ..., requests: _Optional[_Iterable[_Union[ObservedRequest, _Mapping]]] = ...) -> None: ...
+
+class ObservedRequest(_message.Message):
+    __slots__ = ("age", "input_tokens", "output_tokens", "cached_tokens", "ok", "ttft", "tpot")
+    AGE_FIELD_NUMBER: _ClassVar[int]
+    INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OK_FIELD_NUMBER: _ClassVar[int]
+    TTFT_FIELD_NUMBER: _ClassVar[int]
+    TPOT_FIELD_NUMBER: _ClassVar[int]
+    age: float
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    ok: bool
+    ttft: float
+    tpot: float
+    def __init__(self, age: _Optional[float] = ..., input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., ok: _Optional[bool] = ..., ttft: _Optional[float] = ..., tpot: _Optional[float] = ...) -> None: ...
+
 class Registration(_message.Message):
     __slots__ = ("worker", "role", "address", "pid", "host", "http_address", "metrics_address", "shared_address", "shared_http_address")
     WORKER_FIELD_NUMBER: _ClassVar[int]

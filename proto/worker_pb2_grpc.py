@@ -45,6 +45,11 @@ class WorkerStub:
                 request_serializer=baton_dot_proto_dot_worker__pb2.HeartbeatRequest.SerializeToString,
                 response_deserializer=baton_dot_proto_dot_worker__pb2.Heartbeat.FromString,
                 _registered_method=True)
+        self.GetSteps = channel.unary_unary(
+                '/baton.v1.Worker/GetSteps',
+                request_serializer=baton_dot_proto_dot_worker__pb2.StepsRequest.SerializeToString,
+                response_deserializer=baton_dot_proto_dot_worker__pb2.ObservedSteps.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -66,6 +71,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSteps(self, request, context):
+        """For whoever plans: a bounded sample of the steps that ran here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +90,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Heartbeats,
                     request_deserializer=baton_dot_proto_dot_worker__pb2.HeartbeatRequest.FromString,
                     response_serializer=baton_dot_proto_dot_worker__pb2.Heartbeat.SerializeToString,
+            ),
+            'GetSteps': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSteps,
+                    request_deserializer=baton_dot_proto_dot_worker__pb2.StepsRequest.FromString,
+                    response_serializer=baton_dot_proto_dot_worker__pb2.ObservedSteps.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +152,109 @@ class Worker:
             '/baton.v1.Worker/Heartbeats',
             baton_dot_proto_dot_worker__pb2.HeartbeatRequest.SerializeToString,
             baton_dot_proto_dot_worker__pb2.Heartbeat.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Worker/GetSteps',
+            baton_dot_proto_dot_worker__pb2.StepsRequest.SerializeToString,
+            baton_dot_proto_dot_worker__pb2.ObservedSteps.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class RouterStub:
+    """Served by every router at its own address, for whoever plans.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetWorkload = channel.unary_unary(
+                '/baton.v1.Router/GetWorkload',
+                request_serializer=baton_dot_proto_dot_worker__pb2.WorkloadRequest.SerializeToString,
+                response_deserializer=baton_dot_proto_dot_worker__pb2.ObservedWorkload.FromString,
+                _registered_method=True)
+
+
+class RouterServicer:
+    """Served by every router at its own address, for whoever plans.
+    """
+
+    def GetWorkload(self, request, context):
+        """The latest requests (a few thousand at most), and what serves them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RouterServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetWorkload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetWorkload,
+                    request_deserializer=baton_dot_proto_dot_worker__pb2.WorkloadRequest.FromString,
+                    response_serializer=baton_dot_proto_dot_worker__pb2.ObservedWorkload.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'baton.v1.Router', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('baton.v1.Router', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Router:
+    """Served by every router at its own address, for whoever plans.
+    """
+
+    @staticmethod
+    def GetWorkload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Router/GetWorkload',
+            baton_dot_proto_dot_worker__pb2.WorkloadRequest.SerializeToString,
+            baton_dot_proto_dot_worker__pb2.ObservedWorkload.FromString,
             options,
             channel_credentials,
             insecure,

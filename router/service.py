@@ -26,6 +26,7 @@ from .intake import TokenIntake
 from .membership import Membership
 from .outcome import error_of, finish_of, record_of
 from .peers import Peers, id_prefix
+from .recent import RecentRequests
 from .roster import ControllerLink
 from .sequence import Sequence
 from .stream import Stream, Submission
@@ -75,6 +76,7 @@ class RouterService:
         self.changed = asyncio.Event()  # set whenever the set of live workers has changed
         self._running: dict[str, tuple[Sequence, Stream]] = {}  # by the sequence's id
         self._intake = TokenIntake(self, self._running, metrics)
+        self.recent = RecentRequests()
         self._streams: dict[str, Stream] = {}
         self._by_client_id: dict[str, str] = {}
         self._events: deque[ev.Event] = deque()
@@ -293,6 +295,7 @@ class RouterService:
             record = record_of(stream, self.membership.place)
             self._metrics.request_ended(record)
             log_request(record)
+            self.recent.add(stream.sequences[0].request.arrival, record)
 
     # ---- what workers say (membership.MembershipOwner) ---------------------------------------------------
 

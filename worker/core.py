@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 
 from ..core.clock import Clock
 from ..core.errors import BatonError, InvalidRequest
+from ..core.observed import ObservedStep
 from ..core.request import Attempt, SequenceSpec
 from ..core.step import ComputedEvent, FailedEvent, PreemptedEvent, SequenceEvent, StepPlan, TokenEvent
 from ..core.view import WorkerLoad
@@ -127,6 +129,10 @@ class WorkerCore:
             total_blocks=blocks.num_blocks,
             quarantined_blocks=blocks.num_quarantined,
         )
+
+    def steps(self) -> Sequence[ObservedStep]:
+        """What the loop has kept of its steps."""
+        return self.loop.log.steps()
 
     def _tokens(self, event: TokenEvent) -> pb.SequenceTokens:
         if event.attempt not in self._without_token:

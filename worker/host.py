@@ -9,18 +9,19 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ..core.clock import Clock
+from ..core.observed import ObservedStep
 from ..core.request import WorkerRef
 from ..core.view import Role, WorkerLoad
 from ..proto import worker_pb2 as pb
 from ..proto import worker_pb2_grpc as rpc
-from .messages import heartbeat_to, worker_to
+from .messages import heartbeat_to, step_to, worker_to
 from .registration import stay_registered
 from .sessions import Session, Sessions
 
@@ -52,6 +53,10 @@ class Member(Protocol):
         ...
 
     def load(self) -> WorkerLoad: ...
+
+    def steps(self) -> Sequence[ObservedStep]:
+        """A sample of the steps that ran."""
+        ...
 
     def add_services(self, server: grpc.aio.Server) -> None:
         """Add the services of the data plane."""
@@ -188,6 +193,11 @@ class WorkerHost(rpc.WorkerServicer):
         while True:
             yield heartbeat_to(self._sessions.beside(request.router_id, self._member.load()), self._draining)
             await asyncio.sleep(max(0.05, request.interval or 0.5))
+
+    async def GetSteps(  # noqa: N802
+        self, request: pb.StepsRequest, context: grpc.aio.ServicerContext[pb.StepsRequest, pb.ObservedSteps]
+    ) -> pb.ObservedSteps:
+        return pb.ObservedSteps(steps=[] if self._member is None else map(step_to, self._member.steps()))
 
     async def _reap(self) -> None:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..core.observed import ObservedStep
 from ..core.request import Attempt, SamplingParams, SequenceSpec, TokenLogprob, WorkerRef
 from ..core.step import TokenEvent
 from ..core.view import WorkerLoad
@@ -70,6 +71,21 @@ def heartbeat_to(load: WorkerLoad, draining: bool) -> pb.Heartbeat:
         others_assigned=load.others_assigned,
         others_pending_tokens=load.others_pending_tokens,
         others_context_tokens=load.others_context_tokens,
+    )
+
+
+def step_to(step: ObservedStep) -> pb.ObservedStep:
+    shape = step.shape
+    return pb.ObservedStep(
+        prefill_rows=shape.prefill_rows,
+        prefill_tokens=shape.prefill_tokens,
+        prefill_pairs=shape.prefill_pairs,
+        prefill_context=shape.prefill_context,
+        decode_rows=shape.decode_rows,
+        decode_context=shape.decode_context,
+        sampled=shape.sampled,
+        seconds=step.seconds,
+        period=step.period,
     )
 
 

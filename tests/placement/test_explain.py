@@ -14,7 +14,7 @@ from baton.placement.deployment import deployment_of, topology_of
 from baton.placement.executors import Inline
 from baton.placement.explain import Explanation, bytes_per_second, explain, why_lost
 from baton.placement.problem import Problem, SearchOptions, SearchResult, Status
-from baton.placement.report import nearest_text, print_plan, rows, summary_lines, write_plan
+from baton.placement.report import nearest_text, plan_page, print_plan, rows, summary_lines
 from baton.placement.search import search
 from baton.placement.space import Affinity, CostMaker, Price
 from baton.simulator.cost import LinearCost
@@ -122,9 +122,8 @@ class _Page(HTMLParser):
         self.links += [value for name, value in attrs if name in ("src", "href") and value]
 
 
-def test_the_page_stands_alone(apart: SearchResult, explained: Explanation, tmp_path: Path) -> None:
-    write_plan(tmp_path / "new" / "plan.html", apart, explained, "cluster: <planned>")
-    text = (tmp_path / "new" / "plan.html").read_text()
+def test_the_page_stands_alone(apart: SearchResult, explained: Explanation) -> None:
+    text = plan_page(apart, explained, "cluster: <planned>")
     page = _Page(text)
     assert page.links == []
     assert "script" not in page.tags

@@ -100,6 +100,31 @@ async def test_request_streams_every_token_once(roles: tuple[Role, ...]) -> None
         assert_idle(service)
 
 
+async def test_recent_requests_are_remembered_whatever_their_end() -> None:
+    async with running_cluster(Role.MIXED) as cluster, serving(cluster, max_queue=2) as service:
+        await collect(service.submit(submission(100)))
+        await collect(service.submit(submission(5, n=2)))
+        with pytest.raises(Overloaded):
+            service.submit(submission(7, n=3))
+        await collect(service.submit(submission(4, internal=True)))
+        served, *rest = service.recent.requests()
+        assert (served.input_tokens, served.output_tokens, served.cached_tokens, served.ok) == (
+            3,
+            100,
+            3,
+            True,
+        )  # fake workers find all in their caches
+        assert served.ttft is not None
+        assert served.tpot is not None
+        both = [each for each in rest if each.ok]
+        assert [each.output_tokens for each in both] == [5, 5]
+        assert both[0].arrival == both[1].arrival > served.arrival
+        refused = [each for each in rest if not each.ok]
+        assert refused
+        assert all(each.input_tokens == 3 and each.ttft is None for each in refused)
+        assert len(rest) == 2 + len(refused)  # not the router's own canary
+
+
 async def test_first_token_can_finish_at_the_prefill_worker() -> None:
     async with running_cluster(Role.PREFILL, Role.DECODE) as cluster, serving(cluster) as service:
         tokens, finishes = await collect(service.submit(submission(1)))

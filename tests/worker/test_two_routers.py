@@ -116,3 +116,18 @@ async def test_leases_are_renewed_by_each_for_itself(rig: Any, make_spec: Spec) 
     assert (await two.heartbeat()).tickets == 1
     renewing.cancel()
     assert not [message for message in two.seen if message.WhichOneof("body") == "failed"]
+
+
+async def test_steps_are_told_to_whoever_plans(rig: Any, make_spec: Spec) -> None:
+    one = await rig.start(Role.MIXED, step_delay=0.01)
+    await one.send(submit=pb.Submit(sequence=make_spec("r", 100, max_tokens=40)))
+    await one.finished("r")
+    steps = (await rpc.WorkerStub(one.channel).GetSteps(pb.StepsRequest())).steps
+    (prefill,) = [step for step in steps if step.prefill_rows]
+    assert (prefill.prefill_tokens, prefill.prefill_pairs, prefill.decode_rows, prefill.sampled) == (100, 5050, 0, 1)
+    decode = [step for step in steps if step.decode_rows]
+    assert decode
+    for step in decode:
+        assert (step.decode_rows, step.prefill_rows) == (1, 0)
+        assert 101 < step.decode_context <= 139
+    assert all(0.01 <= step.seconds <= step.period for step in steps)
