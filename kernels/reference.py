@@ -22,6 +22,7 @@ from .batch import AttentionSpec, DrawSpec, RowSpan
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
+FP8_MAX = 448.0  # the largest number of float8_e4m3fn
 LARGEST_UNIFORM = 1.0 - 2.0**-24  # the float32 below 1: keeps -log(1 - u) finite
 
 
@@ -122,6 +123,34 @@ def attention(query: Tensor, kv: Tensor, layer: int, row: RowSpan, spec: Attenti
             weights = torch.softmax(scores, dim=0)
             out[i, head] = (weights @ v).to(query.dtype)
     return out
+
+
+def convert(x: Tensor, dtype: torch.dtype, scales: Tensor) -> Tensor:
+    """x as another type. An 8-bit number times its scale is what it stands for: `scales` broadcasts to x, and is used only
+    where one of the two types has 8 bits. What 8 bits cannot hold becomes their largest number."""
+    if x.dtype == dtype:
+        return x
+    if dtype == torch.float8_e4m3fn:
+        return (x.float() / scales).clamp(-FP8_MAX, FP8_MAX).to(dtype)
+    if x.dtype == torch.float8_e4m3fn:
+        return (x.float() * scales).to(dtype)
+    return x.to(dtype)
+
+
+def gather_blocks(kv: Tensor, blocks: Sequence[int], layers: range, heads: range, dtype: torch.dtype, scales: Tensor) -> Tensor:
+    """Parts of some blocks of kv[N, L, 2, K, S, D], packed: [blocks, layers, 2, heads, S, D] of `dtype`.
+
+    scales  float32 [L, 2, K], of stored numbers; see `convert`
+    """
+    cut = (slice(layers.start, layers.stop), slice(None), slice(heads.start, heads.stop))
+    return convert(kv[list(blocks)][:, *cut], dtype, scales[cut][..., None, None])
+
+
+def scatter_blocks(kv: Tensor, blocks: Sequence[int], staged: Tensor, layers: range, heads: range, scales: Tensor) -> None:
+    """The way back: staged[blocks, layers, 2, heads, S, D] into the same parts of some blocks of kv[N, L, 2, K, S, D]."""
+    cut = (slice(layers.start, layers.stop), slice(None), slice(heads.start, heads.stop))
+    for block, part in zip(blocks, staged, strict=True):
+        kv[block][cut] = convert(part, kv.dtype, scales[cut][..., None, None])
 
 
 class ReferenceAttention:
