@@ -51,9 +51,13 @@ def sample(
     for i in stopping:
         _ban_stop_tokens(wide[i], rows[i])
     _ban_all_but(wide, allowed or {})
-    chosen = kernels.argmax(wide)  # [R]
-    if drawn:
-        chosen[drawn] = kernels.draw(wide[drawn], [_draw_spec(rows[i]) for i in drawn])
+    specs = [_draw_spec(rows[i]) for i in drawn]
+    if len(drawn) == len(rows):
+        chosen = kernels.draw(wide, specs)  # [R]
+    else:
+        chosen = kernels.argmax(wide)  # [R]
+        if drawn:
+            chosen[drawn] = kernels.draw(wide[drawn], specs)
     tokens: list[int] = chosen.tolist()
     if raw is None:
         return [RowOutput((token,)) for token in tokens]
@@ -67,7 +71,7 @@ def sample(
 def prompt_logprobs(logits: Tensor, targets: Sequence[int], num_top: int) -> tuple[TokenLogprob, ...]:
     """logits [N, V]: row i foretells targets[i]. Their log probabilities, with the `num_top` likeliest alternatives."""
     raw = torch.log_softmax(logits.float(), dim=-1)  # [N, V]
-    values = raw.gather(1, torch.tensor(targets)[:, None])[:, 0].tolist()
+    values = raw.gather(1, torch.tensor(targets).to(raw.device)[:, None])[:, 0].tolist()
     best, ids = raw.topk(min(num_top, raw.shape[1]), dim=-1)  # [N, num_top] each
     tops = [tuple(zip(*top, strict=True)) for top in zip(ids.tolist(), best.tolist(), strict=True)]
     return tuple(TokenLogprob(*entry) for entry in zip(targets, values, tops, strict=True))
@@ -81,10 +85,10 @@ def _ban_stop_tokens(logits: Tensor, row: StepRow) -> None:
 def _ban_all_but(logits: Tensor, allowed: Mapping[int, Mask]) -> None:
     """Only the tokens of allowed[i] are possible in logits[i]. Comes after every other ban."""
     for i, mask in allowed.items():
-        keep = torch.from_numpy(mask).to(logits.device)
+        keep = torch.from_numpy(mask).to(logits.device, non_blocking=True)
         row = logits[i].masked_fill_(~keep, -math.inf)
-        if not bool((row > -math.inf).any()):
-            row[keep] = 0.0  # all were banned: they are equally likely now
+        # Were all of them banned, they are equally likely now. The device decides it: an answer from it would cost a wait.
+        row.masked_fill_(keep & ~(row > -math.inf).any(), 0.0)
 
 
 def _draw_spec(row: StepRow) -> DrawSpec:

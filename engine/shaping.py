@@ -1,6 +1,6 @@
 """What a sequence's own tokens and parameters do to its logits: logit bias, penalties, bad words.
 
-The state of an attempt lives on the executor's thread, because only there the tokens of plans in flight are
+The state of an attempt lives in the host's memory, on the executor's thread, because only there the tokens of plans in flight are
 known. It is made from the history that the first sampling row brings and grows with every token sampled, so
 that it never depends on where, or in how many attempts, the tokens were sampled.
 """
@@ -107,11 +107,11 @@ class BadWords:
 
 
 def shape(logits: Tensor, shapers: Mapping[int, Shaper]) -> None:
-    """Bias, penalties and bans of some rows of logits float32 [R, V], in place."""
+    """Bias, penalties and bans of some rows of logits float32 [R, V] on any device, in place."""
     biased = [(row, *shaper.bias) for row, shaper in shapers.items() if shaper.bias is not None]
     if biased:
-        where, tokens = _places([(row, tokens) for row, tokens, _ in biased])
-        logits[where, tokens] += torch.cat([values for _, _, values in biased])
+        where, tokens = _places([(row, tokens) for row, tokens, _ in biased], logits.device)
+        logits[where, tokens] += torch.cat([values for _, _, values in biased]).to(logits.device, non_blocking=True)
     penalised = [(row, shaper.params, shaper.seen) for row, shaper in shapers.items() if shaper.seen is not None]
     if penalised:
         _penalise(logits, penalised)
@@ -123,11 +123,12 @@ def shape(logits: Tensor, shapers: Mapping[int, Shaper]) -> None:
 
 def _penalise(logits: Tensor, rows: Sequence[tuple[int, SamplingParams, SeenTokens]]) -> None:
     """Repetition (Keskar et al. 2019), then frequency, then presence (OpenAI), of all rows at once."""
-    where, tokens = _places([(row, seen.tokens) for row, _, seen in rows])  # [S] each, S over all rows
-    counts = torch.cat([seen.counts for _, _, seen in rows])  # [S]
+    where, tokens = _places([(row, seen.tokens) for row, _, seen in rows], logits.device)  # [S] each, S over all rows
+    counts = torch.cat([seen.counts for _, _, seen in rows]).to(logits.device, non_blocking=True)  # [S]
     weights = torch.tensor([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for _, p, _ in rows])
     sizes = torch.tensor([len(seen.tokens) for _, _, seen in rows])
-    repetition, frequency, presence = weights.repeat_interleave(sizes, dim=0).T  # [S] each
+    each = weights.repeat_interleave(sizes, dim=0, output_size=len(counts)).T.to(logits.device, non_blocking=True)  # [3, S]
+    repetition, frequency, presence = each
     values = logits[where, tokens]
     values = torch.where(values > 0, values / repetition, values * repetition)
     values -= frequency * counts
@@ -135,7 +136,9 @@ def _penalise(logits: Tensor, rows: Sequence[tuple[int, SamplingParams, SeenToke
     logits[where, tokens] = values
 
 
-def _places(rows: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Indices of (row, each of its tokens) of several rows, both int64 [sum of their sizes]."""
+def _places(rows: Sequence[tuple[int, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices of (row, each of its tokens) of several rows on a device, both int64 [sum of their sizes]."""
     sizes = torch.tensor([len(tokens) for _, tokens in rows])
-    return torch.tensor([row for row, _ in rows]).repeat_interleave(sizes), torch.cat([tokens for _, tokens in rows])
+    tokens = torch.cat([tokens for _, tokens in rows])
+    where = torch.tensor([row for row, _ in rows]).repeat_interleave(sizes, output_size=len(tokens))
+    return where.to(device, non_blocking=True), tokens.to(device, non_blocking=True)

@@ -52,7 +52,7 @@ class DrawSpec:
     """How a row of logits becomes a token: temperature, min-p, top-k and top-p, each over what the one before it left,
     then a draw whose key is (seed, sequence_index, output_index); see `reference.draw`.
 
-    temperature  above 0
+    temperature  above 0; kernels that take greedy rows beside others take 0 for those
     min_p, top_k 0 keeps all
     """
 
