@@ -22,7 +22,7 @@ from ..deploy.settings import check_cluster_name, dump_topology, parse_topology,
 from ..placement.cluster import Shape, parse_cluster
 from ..placement.demand import Demand, Lengths, demand_of
 from ..placement.deployment import topology_of
-from ..placement.executors import executor
+from ..placement.executors import RayCluster, executor
 from ..placement.explain import Explanation, explain
 from ..placement.goodput import GoodputOptions
 from ..placement.hardware import Accelerator
@@ -167,6 +167,8 @@ def plan(
         cost = _cost_maker(problem, [read_profile(path) for path in profile or ()])
         options = _QUICK if quick else SearchOptions(requests, GoodputOptions((seed, seed + 1, seed + 2)))
         with executor(num_workers, ray) as runner, _bar(screen.err()) as tell:
+            if isinstance(runner, RayCluster):  # as wide as the cluster: more is tried before it is known to be in vain
+                options = replace(options, wave=max(options.wave, runner.width))
             result = search(problem, cost, options, runner, tell)
             explanation = explain(result, options, runner)
         if explanation is None:

@@ -44,14 +44,32 @@ class Processes:
 
 
 class RayCluster:
-    """On the machines of a Ray cluster."""
+    """On the cores of all machines of a Ray cluster, which must have Baton installed. Ray must have been initialised."""
 
-    def map(self, function: Callable[[Question], Answer], questions: Sequence[Question]) -> list[Answer]:
+    def __init__(self) -> None:
         import ray
 
-        remote = ray.remote(function)
-        answers: list[Answer] = ray.get([remote.remote(question) for question in questions])
+        # One remote function for all: Ray keeps every one that it was ever given.
+        self._remote = ray.remote(_ask)
+        self._get = ray.get
+        self._resources = ray.cluster_resources
+        self._lost = (ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError, ray.exceptions.RuntimeEnvSetupError)
+
+    @property
+    def width(self) -> int:
+        """How many simulations can run at a time."""
+        return max(1, int(self._resources().get("CPU", 1)))
+
+    def map(self, function: Callable[[Question], Answer], questions: Sequence[Question]) -> list[Answer]:
+        try:
+            answers: list[Answer] = self._get([self._remote.remote(function, question) for question in questions])
+        except self._lost as error:
+            raise Unavailable(f"--ray: a simulation was lost; is the same Baton installed on every node? {error}") from error
         return answers
+
+
+def _ask(function: Callable[[Question], Answer], question: Question) -> Answer:
+    return function(question)
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +92,15 @@ def test_a_target_that_is_a_file_is_refused_at_once(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "is a file" in done.output
     assert (tmp_path / "plan").read_text() == "mine"
+
+
+@pytest.mark.cluster
+def test_the_same_plan_is_found_on_ray(tmp_path: Path) -> None:
+    """In a process of its own, as Ray and this one's threads and signals would get in each other's way."""
+    here = plan(*SMALL)
+    command = [sys.executable, "-m", "baton.cli.main", "plan", "--quick", "--ray", *SMALL, "--out", str(tmp_path / "plan")]
+    environment = os.environ | {"RAY_ADDRESS": "local", "COLUMNS": "80"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(here.stdout)
+    assert (tmp_path / "plan" / "topology.yaml").is_file()
