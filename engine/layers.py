@@ -76,6 +76,9 @@ class HeadNorms:
 
     def apply(self, qkv: Tensor, num_kv_heads: int) -> None:
         """Norm the query and key heads of qkv [T, H + 2K, D] in place."""
+        if self.kernels.norm_heads is not None:
+            self.kernels.norm_heads(qkv, num_kv_heads, self.query, self.key, self.eps)
+            return
         heads = qkv.shape[1] - 2 * num_kv_heads
         for part, weight in ((qkv[:, :heads], self.query), (qkv[:, heads : heads + num_kv_heads], self.key)):
             part.copy_(self.kernels.rms_norm(part.reshape(-1, part.shape[2]), weight, self.eps).view(part.shape))

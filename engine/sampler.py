@@ -51,14 +51,7 @@ def sample(
     for i in stopping:
         _ban_stop_tokens(wide[i], rows[i])
     _ban_all_but(wide, allowed or {})
-    specs = [_draw_spec(rows[i]) for i in drawn]
-    if len(drawn) == len(rows):
-        chosen = kernels.draw(wide, specs)  # [R]
-    else:
-        chosen = kernels.argmax(wide)  # [R]
-        if drawn:
-            chosen[drawn] = kernels.draw(wide[drawn], specs)
-    tokens: list[int] = chosen.tolist()
+    tokens: list[int] = _choose(wide, rows, drawn, kernels).tolist()
     if raw is None:
         return [RowOutput((token,)) for token in tokens]
     reports = dict(zip(reported, raw, strict=True))
@@ -89,6 +82,17 @@ def _ban_all_but(logits: Tensor, allowed: Mapping[int, Mask]) -> None:
         row = logits[i].masked_fill_(~keep, -math.inf)
         # Were all of them banned, they are equally likely now. The device decides it: an answer from it would cost a wait.
         row.masked_fill_(keep & ~(row > -math.inf).any(), 0.0)
+
+
+def _choose(logits: Tensor, rows: Sequence[StepRow], drawn: Sequence[int], kernels: Kernels) -> Tensor:
+    """The tokens of shaped logits [R, V], int64 [R]: argmax, but for the rows that are drawn."""
+    specs = [_draw_spec(rows[i]) for i in drawn]
+    if len(drawn) == len(rows):
+        return kernels.draw(logits, specs)
+    chosen = kernels.argmax(logits)
+    if drawn:
+        chosen[drawn] = kernels.draw(logits[drawn], specs)
+    return chosen
 
 
 def _draw_spec(row: StepRow) -> DrawSpec:

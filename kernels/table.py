@@ -27,6 +27,8 @@ class Kernels:
     attention  from the pool kv[N, L, 2, K, S, D] and the rows of a step
     linear     takes over weight and bias: the caller drops its own, so that no weight is held twice
     stack      layers and the eps of all their norms, where the backend runs such layers faster in one go; else None
+    norm_heads each query and key head of qkv [T, H + 2K, D] normed alone, in place: from qkv, K, their weights [D] and eps;
+               None where it would not be faster than `rms_norm` of the parts
     """
 
     attention: Callable[[Tensor, Sequence[RowSpan]], PagedAttention]
@@ -36,6 +38,7 @@ class Kernels:
     argmax: Callable[[Tensor], Tensor]
     draw: Callable[[Tensor, Sequence[DrawSpec]], Tensor]
     stack: Callable[[Sequence[LayerParts], float], LayerStack | None] = no_stack
+    norm_heads: Callable[[Tensor, int, Tensor, Tensor, float], None] | None = None
 
 
 KERNELS: dict[str, Kernels] = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from baton.core.errors import InternalError
+from baton.engine.layers import HeadNorms
 from baton.kernels import reference
+from baton.kernels.table import KERNELS
 
 pytest.importorskip("triton")
 
@@ -66,6 +70,14 @@ def test_heads_are_normed_in_place(dtype: torch.dtype, heads: int, kv_heads: int
     assert_close(qkv, expected)
     assert torch.equal(qkv[:, -kv_heads:], expected[:, -kv_heads:])
     assert torch.equal(packed[:, -size:], behind)
+
+
+def test_layers_norm_their_heads_with_what_the_kernels_have() -> None:
+    qkv, query, key = tensors(torch.bfloat16, (6, 8, 16), (16,), (16,))
+    expected = qkv.clone()
+    HeadNorms(query, key, 1e-6, KERNELS["reference"]).apply(expected, 2)
+    HeadNorms(query, key, 1e-6, replace(KERNELS["reference"], rms_norm=None, norm_heads=norm_heads)).apply(qkv, 2)
+    assert_close(qkv, expected)
 
 
 def test_what_cannot_be_normed_is_refused() -> None:
