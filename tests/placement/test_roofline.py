@@ -46,6 +46,43 @@ def test_narrower_weights_are_streamed_faster():
     assert narrow.seconds(decode(1, 1)) == pytest.approx(wide.seconds(decode(1, 1)) / 2, rel=0.01)
 
 
+def mixed(one: StepShape, other: StepShape) -> StepShape:
+    return StepShape(
+        one.prefill_rows,
+        one.prefill_tokens,
+        one.prefill_pairs,
+        one.prefill_context,
+        other.decode_rows,
+        other.decode_context,
+        one.sampled + other.sampled,
+    )
+
+
+def test_rows_beside_a_long_prompt_pay_for_their_flops_and_their_kv():
+    """Where FLOPs bind, the weights are read anyway: nothing else of a decode row comes for free."""
+    cost = roofline_cost(LLAMA, H100, efficiency=PERFECT)
+    alone = cost.seconds(prompt(4096))
+    extra = cost.seconds(mixed(prompt(4096), decode(256, 256_000))) - alone
+    flops = 2 * (LLAMA.active_params - LLAMA.vocab_size * LLAMA.hidden_size) * 256
+    head = 2 * LLAMA.vocab_size * LLAMA.hidden_size * 256 / H100.flops_16  # more than reading it, from 256 rows on
+    read = 2 * LLAMA.vocab_size * LLAMA.hidden_size / H100.bandwidth  # what the prompt alone paid for its one row
+    attention = LLAMA.kv_bytes_per_token() * 256_000 / H100.bandwidth
+    assert extra == pytest.approx(flops / H100.flops_16 + attention + max(0.0, head - read), rel=0.02)
+
+
+def test_a_small_chunk_shares_the_reading_of_the_weights_and_nothing_else():
+    """Where bytes bind, the chunk's products are hidden behind the weights; its attention and its host work are not."""
+    cost = roofline_cost(LLAMA, A100)
+    chunk, rows = StepShape(1, 32, 32 * 2000 + 32 * 33 // 2, 2032), decode(16, 32_000)
+    both = cost.seconds(mixed(chunk, rows))
+    attention = cost.layers * max(cost.pair_seconds * chunk.prefill_pairs, cost.context_seconds * chunk.prefill_context)
+    activations = cost.layers * cost.token_seconds * 32
+    assert both >= cost.seconds(rows) + attention + activations + cost.row_seconds
+    weights = 2 * (LLAMA.active_params - LLAMA.vocab_size * LLAMA.hidden_size) / cost.bandwidth
+    saved = cost.seconds(chunk) + cost.seconds(rows) - both
+    assert saved == pytest.approx(weights + cost.layers * cost.layer_seconds + cost.step_seconds, rel=0.02)
+
+
 def test_splitting_tensors_divides_the_work_and_adds_all_reduces():
     alone = roofline_cost(LLAMA, H100, efficiency=PERFECT)
     split = roofline_cost(LLAMA, H100, 4, efficiency=PERFECT)
