@@ -27,7 +27,7 @@ from ...core.errors import InternalError
 from ..batch import RowSpan
 
 PART_TOKENS = 128  # the least context that is worth a program of its own
-PROGRAMS_PER_PROCESSOR = 2  # of the decode kernel, as their shared memory allows
+PROGRAMS_PER_PROCESSOR = 3  # of the decode kernel, as their shared memory allows
 WAVES = 4  # of programs over the device: the last, partly filled one then costs little
 ALIGNMENT = 4  # words. Triton compiles another kernel for pointers that are not at multiples of 16 bytes
 TABLE_ALIGNMENT = 16  # blocks, for the same reason: the stride of the tables is an argument
@@ -41,7 +41,8 @@ class StepSizes:
     num_decode    rows of one token each; they stand before the others
     num_prefill   rows of any number of tokens
     max_blocks    B, the width of the block tables; a multiple of TABLE_ALIGNMENT
-    num_parts     P, room for the parts into which the contexts of decode rows are split
+    num_parts     P, room for the parts into which the contexts of decode rows are split; as many as decode rows exactly when
+                  each of them has one
     """
 
     num_tokens: int
@@ -73,8 +74,8 @@ class StepTensors:
     block_tables  [R, B], blocks of each row in order; what stands behind those of positions [0, length) is never read
     starts        [R], position of a row's first token
     lengths       [R], tokens in the cache after the step, start + tokens fed; 0 marks a row that is only padding
-    offsets       [R], a row's first packed token. A padding row among the decode rows has a packed token of its own, whose
-                  output becomes 0, or -1 for none
+    offsets       [R], a row's first packed token; ascending among the others than decode rows. A padding row among the decode
+                  rows has a packed token of its own, whose output becomes 0, or -1 for none
     slots         [T], where a token's keys and values go, block * S + slot; -1 for a padding token, which is not stored
     parts         [P, 2], a decode row and which of its parts; row -1 behind the last one
     first_parts   [num_decode + 1], where each decode row's parts begin; the last is the number of parts
@@ -109,10 +110,11 @@ def part_aim(num_kv_heads: int, num_processors: int) -> int:
 
 
 def decode_sizes(num_rows: int, max_blocks: int, block_size: int, aim: int) -> StepSizes:
-    """Room for any `num_rows` decode rows of up to `max_blocks` blocks, see `part_aim`."""
+    """Room for any `num_rows` decode rows or fewer, of up to `max_blocks` blocks, see `part_aim`."""
     width = _table_width(max_blocks)
     longest = -(-max_blocks * block_size // PART_TOKENS)  # parts that one row can have
-    return StepSizes(num_rows, num_rows, 0, width, min(aim + num_rows, num_rows * longest))
+    num_parts = max(num_rows + 1, min(aim + num_rows, num_rows * longest))
+    return StepSizes(num_rows, num_rows, 0, width, num_parts)
 
 
 def exact_sizes(rows: Sequence[RowSpan], aim: int) -> StepSizes:
@@ -140,7 +142,8 @@ def write_rows(target: StepTensors, rows: Sequence[RowSpan], block_size: int, ai
     tables = _array(target.block_tables)
     starts, lengths, offsets = (_array(part) for part in (target.starts, target.lengths, target.offsets))
     slots = _array(target.slots)
-    starts[:], lengths[:], offsets[:], slots[:] = 0, 0, -1, -1
+    starts[:], lengths[:], slots[:] = 0, 0, -1
+    offsets[: sizes.num_decode], offsets[sizes.num_decode :] = -1, used
     for first, part in ((0, decode), (sizes.num_decode, prefill)):
         for i, row in enumerate(part, first):
             tables[i, : len(row.block_table)] = row.block_table
