@@ -2,9 +2,10 @@
 
     python benchmarks/fit_efficiency.py --data DIR [--quick]
 
-DIR is the folder of `aiconfigurator`, `vidur` and `frontier`. First single kernels: products, attention, all-reduce,
-the rest of a layer; each fitted on 70% of the shapes. Then whole serving systems, by three-fold cross-validation over runs. The
-last line is JSON: `silicon_ttft_error` and `silicon_tpot_error` are mean absolute relative errors on held-out runs.
+DIR is the folder of `aiconfigurator`, `vidur`, `frontier`, `splitwise` and `distserve`. First single kernels: products,
+attention, all-reduce, the rest of a layer; each fitted on 70% of the shapes. Then kernels and whole steps that nobody fitted.
+Then whole serving systems, by three-fold cross-validation over runs. Tables are Markdown, as in docs/fidelity.md. The last line
+is JSON: `silicon_ttft_error` and `silicon_tpot_error` are mean absolute relative errors on held-out runs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import kernel_tables as tables
 import numpy as np
 from baton.placement.efficiency import Efficiency, efficiency_of
 from kernel_tables import Fit, Table, fit_table
-from log_fit import Array, fit, mean_error, median_error
-from silicon import FIELDS, START, Host, Row, measured, predict, read_rows
+from log_fit import Array, fit
+from silicon import START, Host, Row, measured, predict, read_rows
+from whole_steps import whole_steps
 
 FOLDS = 3
 LAYERS = {
@@ -74,13 +76,11 @@ def kernel_fits(data: Path, most: int) -> list[Fit]:
         fits.append(
             fit_table("rest of a layer", family, tables.layer_table(data, folders), tables.layer_formula, (10.0, 1e-5), most)
         )
-    print(f"{'kernel':18} {'family':6} {'rows':>7}  fitted on    held out (median)   parameters")
+    print("| kernel | family | rows | fitted on | held out | (median) | parameters |\n|---|---|---|---|---|---|---|")
     for f in fits:
         numbers = " ".join(f"{p:.3g}" for p in f.parameters)
-        print(
-            f"{f.kernel:18} {f.family:6} {f.rows:7}  {100 * f.train_error:6.1f} %    {100 * f.test_error:6.1f} %"
-            f"  ({100 * f.test_median:5.1f} %)   {numbers}"
-        )
+        errors = f"{f.train_error:.1%} | {f.test_error:.1%} | {f.test_median:.1%}"
+        print(f"| {f.kernel} | {f.family} | {f.rows} | {errors} | {numbers} |")
     return fits
 
 
@@ -124,14 +124,14 @@ def held_out(data: Path, efficiencies: Mapping[str, Efficiency]) -> dict[str, fl
             tables.decode_formula(np.array([reached.attention_bytes, reached.attention_launch]), decode.features),
         ),
     ]
-    figures = {}
-    print("\nnever fitted: a100 shares on")
-    for name, table, predicted in cases:
-        error = mean_error(predicted, table.seconds)
-        figures[f"{name}_error"] = round(error, 4)
-        median = median_error(predicted, table.seconds)
-        print(f"  {name:24} {len(table.seconds):6} rows  {100 * error:6.1f} %  ({100 * median:.1f} %)")
-    return figures
+    errors = {name: np.abs(predicted / table.seconds - 1) for name, table, predicted in cases}
+    for step in whole_steps(data, efficiencies):
+        name = f"{step.source} {step.kind}".lower().replace(" ", "_").replace("-", "_")
+        errors[name] = np.append(errors.get(name, np.empty(0)), abs(step.predicted / step.measured - 1))
+    print("\n| never fitted | rows | error | (median) |\n|---|---|---|---|")
+    for name, each in errors.items():
+        print(f"| {name} | {len(each)} | {each.mean():.1%} | {np.median(each):.1%} |")
+    return {f"{name}_error": round(float(each.mean()), 4) for name, each in errors.items()}
 
 
 # ---- whole systems ------------------------------------------------------------------------------
@@ -146,9 +146,9 @@ def silicon(data: Path, efficiencies: Mapping[str, Efficiency], quick: bool) -> 
     predicted: dict[int, tuple[float, float]] = {}
     hosts: dict[str, Host] = {}
     order = np.random.default_rng(0).permutation(len(rows))
-    for backend in sorted({row.backend for row in rows}):
-        mine = [int(i) for i in order if rows[i].backend == backend]
-        hosts[backend] = fit_host([rows[i] for i in mine], efficiencies, START)
+    for system in sorted({row.system for row in rows}):
+        mine = [int(i) for i in order if rows[i].system == system]
+        hosts[" ".join(system)] = fit_host([rows[i] for i in mine], efficiencies, START)
         for fold in range(folds):
             test = mine[fold::folds]
             train = [rows[i] for i in mine if i not in test]
@@ -175,18 +175,17 @@ def fit_host(rows: Sequence[Row], efficiencies: Mapping[str, Efficiency], start:
 
 
 def _print_silicon(rows: Sequence[Row], predicted: Mapping[int, tuple[float, float]], hosts: Mapping[str, Host]) -> None:
-    print("\nwhole systems, held out            runs    TTFT  (median)     TPOT  (median)")
-    groups = sorted({row.group for row in rows})
-    for group in [*groups, *((backend,) for backend in hosts), ()]:
+    print("\n| whole systems, held out | runs | TTFT | (median) | TPOT | (median) |\n|---|---|---|---|---|---|")
+    for group in [*sorted({row.group for row in rows}), ()]:
         chosen = [i for i, row in enumerate(rows) if row.group[: len(group)] == group]
         errors = np.abs([(predicted[i][0] / rows[i].ttft - 1, predicted[i][1] / rows[i].tpot - 1) for i in chosen])
-        mean, median = 100 * errors.mean(axis=0), 100 * np.median(errors, axis=0)
-        name = " ".join(group) or "all"
-        print(f"{name:32} {len(chosen):6} {mean[0]:6.1f} % ({median[0]:5.1f} %) {mean[1]:6.1f} % ({median[1]:5.1f} %)")
-    print("\nhosts, fitted to all runs")
-    for backend, host in hosts.items():
-        print(f"  {backend:8} " + " ".join(f"{f.name}={v:.3g}" for f, v in zip(fields(Host), astuple(host), strict=True)))
-    assert len(FIELDS) == len(fields(Host))
+        mean, median = errors.mean(axis=0), np.median(errors, axis=0)
+        cells = " | ".join(f"{mean[k]:.1%} | {median[k]:.1%}" for k in (0, 1))
+        print(f"| {' '.join(group) or 'all'} | {len(chosen)} | {cells} |")
+    names = [field.name for field in fields(Host)]
+    print(f"\n| hosts, fitted to all runs | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
+    for system, host in hosts.items():
+        print(f"| {system} | {' | '.join(f'{value:.3g}' for value in astuple(host))} |")
 
 
 if __name__ == "__main__":
