@@ -156,7 +156,10 @@ def search_kernel(
     num_pivots: tl.constexpr,
     max_held: tl.constexpr,
 ) -> None:
-    """The largest key of one row that stays in the race: limits int32 [R]. held int32 [R, max_held] is scratch."""
+    """The largest key of one row that stays in the race: limits int32 [R]. held int32 [R, max_held] is scratch.
+
+    Long, because the language has no records: the state of a search is six numbers, named at every call.
+    """
     row = tl.program_id(0).to(tl.int64)
     limit = _last_in_reach(parameters, parameters_stride, row)
     if _is_truncated(parameters, parameters_stride, row, vocabulary):
