@@ -16,10 +16,10 @@ from .deployment import Deployment, deployment_of
 from .executors import Executor
 from .goodput import Trial
 from .problem import Problem, SearchOptions, SearchResult, Status, Verdict
-from .questions import Attempt, attempt
+from .questions import Attempt, Question, answer, attempt
 from .search import case_of
 from .space import Affinity, Placement
-from .trial import try_rate
+from .trial import Case
 
 CURVE_SHARES = (0.35, 0.6, 0.8, 0.9, 1.0, 1.1, 1.25)
 """Of its goodput: the rates at which a placement's attainment is drawn."""
@@ -44,6 +44,7 @@ class LinkSwitch:
     link       `network` (between nodes) or `node link`
     now        bytes/s of the cluster that was searched; `bandwidth` is where the winner changes, None when nowhere
     winner, rival   who wins now, and on the other side
+    tied       at the present bandwidth the two are as good as each other, so that no bandwidth can be named
     """
 
     link: str
@@ -51,9 +52,12 @@ class LinkSwitch:
     bandwidth: float | None
     winner: Placement
     rival: Placement
+    tied: bool = False
 
     def __str__(self) -> str:
         what = f"the {self.link} ({bytes_per_second(self.now)} now)"
+        if self.tied:
+            return f"at {bytes_per_second(self.now)} of the {self.link} {self.rival.name} is about as good"
         if self.bandwidth is None:
             return f"no bandwidth of {what} makes {self.rival.name} win"
         direction = "below" if self.bandwidth < self.now else "above"
@@ -92,7 +96,7 @@ def explain(result: SearchResult, options: SearchOptions, executor: Executor) ->
     return Explanation(
         curves=tuple(_curve(verdict, trials[number * len(CURVE_SHARES) :]) for number, verdict in enumerate(shown)),
         losses=tuple(Loss(verdict, why_lost(result, verdict)) for verdict in result.verdicts if verdict is not best),
-        link=link_switch(result, options),
+        link=link_switch(result, options, executor),
         deployment=deployment,
         deployed_attainment=tuple(trial.attainment for trial in trials[len(questions) :]),
     )
@@ -127,37 +131,58 @@ def binding(verdict: Verdict) -> str:
     return f"{bottleneck.resource}: {nearest.why}" if nearest is not None and not bottleneck.binding else bottleneck.why
 
 
-def link_switch(result: SearchResult, options: SearchOptions) -> LinkSwitch | None:
+def link_switch(result: SearchResult, options: SearchOptions, executor: Executor) -> LinkSwitch | None:
     """Bisect the bandwidth between the winner and the best rival that uses the link otherwise. None without such a rival.
 
     A winner whose KV crosses the link is pitted against the best that does not need it; any other winner against the
-    placement across nodes that promises most with a link without limit.
+    placement across the link that promises most with a link without limit. Both are tried alike, with the same requests: the
+    goodput of the one that does not use the link is the rate that the other must carry.
     """
     problem, best = result.problem, result.best
     if best is None:
         return None
     link = "node link" if _one_node(problem, best.placement) else "network"
     used = _uses(best.placement, link)
-    if used:
-        others = [verdict for verdict in result.searched if verdict.score > 0 and not _uses(verdict.placement, link)]
-        rival, score = (others[0].placement, others[0].score) if others else (None, 0.0)
-    else:
-        rival, score = _unlimited_rival(result, link), best.score
+    rival = _best_without(result, link) if used else _unlimited_rival(result, link)
     if rival is None:
         return None
-    user = best.placement if used else rival
-    rate = problem.objective.rate_to_beat(user, score)
+    user, other = (best.placement, rival) if used else (rival, best.placement)
+    seeds = options.goodput.seeds
+    guess = problem.objective.rate_to_beat(other, best.score) if math.isfinite(best.score) else 1.0
+    question = Question(case_of(problem, other, options.num_requests), guess, math.inf, options.goodput)
+    goodput = executor.map(answer, [question])[0].goodput
+    rate = problem.objective.rate_to_beat(user, problem.objective.score(other, goodput.mean if goodput else 0.0))
     fabric = problem.cluster.supply(user.pools[0].kind.accelerator).fabric
     now = fabric.node_link if link == "node link" else fabric.network
-    seed = options.goodput.seeds[0]
 
     def carried(bandwidth: float) -> bool:
-        return _at(problem, user, link, bandwidth, rate, seed, options.num_requests).met
+        """With most seeds."""
+        case = _at(problem, user, link, bandwidth, options.num_requests)
+        trials = executor.map(attempt, [Attempt(case, rate, seed, complete=False) for seed in seeds])
+        return 2 * sum(trial.met for trial in trials) > len(trials)
 
-    found = None
-    if math.isfinite(rate) and math.isfinite(now) and (used or carried(now * _STEP**_MAX_STEPS)):
-        found = _switch(carried, now, used)
-    return LinkSwitch(link, now, found, best.placement, rival)
+    if not (math.isfinite(now) and 0 < rate < math.inf):
+        return None
+    bandwidth, tied = find_switch(carried, now, used)
+    return LinkSwitch(link, now, bandwidth, best.placement, rival, tied)
+
+
+def find_switch(carried: Callable[[float], bool], now: float, wins: bool) -> tuple[float | None, bool]:
+    """The bandwidth at which whoever uses the link begins to win, and whether both are as good at the bandwidth there is `now`.
+
+    `wins`: the search found that the user of the link wins now. When `carried` (does it carry what the other does at this
+    bandwidth?) says otherwise, the two are closer than simulations can tell, and no bandwidth near `now` means anything.
+    """
+    if carried(now) is not wins:
+        return None, True
+    if not wins and not carried(now * _STEP**_MAX_STEPS):
+        return None, False
+    return _switch(carried, now, wins), False
+
+
+def _best_without(result: SearchResult, link: str) -> Placement | None:
+    """The best searched placement that does not need the link."""
+    return next((each.placement for each in result.searched if each.score > 0 and not _uses(each.placement, link)), None)
 
 
 def _unlimited_rival(result: SearchResult, link: str) -> Placement | None:
@@ -220,10 +245,10 @@ def _uses(placement: Placement, link: str) -> bool:
     return placement.affinity is (Affinity.ANY if link == "network" else Affinity.NODE)
 
 
-def _at(problem: Problem, placement: Placement, link: str, bandwidth: float, rate: float, seed: int, num_requests: int) -> Trial:
+def _at(problem: Problem, placement: Placement, link: str, bandwidth: float, num_requests: int) -> Case:
     cluster = problem.cluster
     joined = cluster.with_link(network=bandwidth) if link == "network" else cluster.with_link(node_link=bandwidth)
-    return try_rate(case_of(replace(problem, cluster=joined), placement, num_requests), rate, seed)
+    return case_of(replace(problem, cluster=joined), placement, num_requests)
 
 
 def _switch(carried: Callable[[float], bool], now: float, holds: bool) -> float | None:

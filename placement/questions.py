@@ -60,13 +60,14 @@ def look(question: Look) -> Observation:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Simulate `case` at one rate until all counted requests have ended."""
+    """Simulate `case` at one rate: until all counted requests have ended, or until the verdict is certain."""
 
     case: Case
     rate: float
     seed: int
+    complete: bool = True
 
 
 def attempt(question: Attempt) -> Trial:
     """How many met the objectives."""
-    return try_rate(question.case, question.rate, question.seed, complete=True)
+    return try_rate(question.case, question.rate, question.seed, complete=question.complete)

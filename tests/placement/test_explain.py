@@ -8,11 +8,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from baton.core.slo import Slo
 from baton.core.view import Role
 from baton.deploy.settings import dump_topology, parse_topology
 from baton.placement.deployment import deployment_of, topology_of
 from baton.placement.executors import Inline
-from baton.placement.explain import Explanation, bytes_per_second, explain, why_lost
+from baton.placement.explain import Explanation, bytes_per_second, explain, find_switch, link_switch, why_lost
 from baton.placement.problem import Problem, SearchOptions, SearchResult, Status
 from baton.placement.report import nearest_text, plan_page, print_plan, rows, summary_lines
 from baton.placement.search import search
@@ -74,6 +75,51 @@ def test_a_thin_link_makes_another_win(make_problem: MakeProblem, options: Searc
     other = search(poor, apart_cost, options, Inline()).best
     assert other is not None
     assert other.placement.affinity is not Affinity.ANY
+
+
+def handed_over(network: float, make_problem: MakeProblem) -> Problem:
+    """Two nodes of one GPU, prompts of 400 tokens, one in a step, answers of two: TPOT is the handoff and one decode step."""
+    problem = make_problem(gpus=("A100-80GB:2",), slo=Slo(0.6, 0.0333, 0.8), per_node=1, lengths=((400, 2),), network=network)
+    return replace(problem, budgets=replace(problem.budgets, prefill_step_tokens=400))
+
+
+def slow_cost(device: object, tp: int, pp: int) -> Price:
+    """A prompt of 400 takes 170 ms, a decode step of a few rows 13.2 ms."""
+    return Price(LinearCost(1e-2, token=4e-4, floor_tokens=8, stages=pp))
+
+
+@pytest.mark.parametrize("network", [1e10, 2e7], ids=["apart wins", "colocated wins"])
+def test_the_bandwidth_of_the_switch_is_the_one_worked_out_by_hand(
+    network: float, make_problem: MakeProblem, options: SearchOptions
+) -> None:
+    """Apart, a request waits for nobody but for its KV: TPOT = bytes / bandwidth + latency + 13.2 ms, of which 33.3 are allowed.
+
+    Nine in ten requests meet no other on the link or in the decode worker, and eight in ten need to.
+    """
+    problem = handed_over(network, make_problem)
+    result = search(problem, slow_cost, options, Inline())
+    best = result.best
+    assert best is not None
+    assert (best.placement.affinity is Affinity.ANY) is (network == 1e10)
+    switch = link_switch(result, options, Inline())
+    assert switch is not None
+    assert not switch.tied
+    assert switch.bandwidth is not None
+    fabric = problem.cluster.supplies[0].fabric
+    by_hand = 400 * problem.kv_bytes / (problem.slo.tpot - 0.0132 - fabric.latency)
+    assert switch.bandwidth == pytest.approx(by_hand, rel=0.1)
+    assert ("below" if network == 1e10 else "above") in str(switch)
+
+
+def test_a_switch_is_named_only_where_the_winner_changes() -> None:
+    threshold = 3e9
+    assert find_switch(lambda bandwidth: bandwidth >= threshold, 1e10, True)[0] == pytest.approx(threshold, rel=0.06)
+    assert find_switch(lambda bandwidth: bandwidth >= threshold, 1e8, False)[0] == pytest.approx(threshold, rel=0.06)
+    # Trials that contradict the search: the two are too close, and what a bisection would find is the bandwidth it began at.
+    assert find_switch(lambda bandwidth: True, 6e11, False) == (None, True)
+    assert find_switch(lambda bandwidth: False, 6e11, True) == (None, True)
+    assert find_switch(lambda bandwidth: False, 6e11, False) == (None, False)
+    assert find_switch(lambda bandwidth: True, 6e11, True) == (None, False)
 
 
 def test_the_topology_is_one_that_is_read(apart: SearchResult, explained: Explanation) -> None:
