@@ -1,16 +1,18 @@
 """Simulated against served: profile this machine, predict, then serve the same requests and compare.
 
-    .venv/bin/python benchmarks/live.py --out FOLDER [--quick] [--stage profile predict serve report] [--systems 1p1d mixed]
-        [--repeats 3] [--duration 40] [--data FOLDER]
+    .venv/bin/python benchmarks/live.py --out FOLDER [--quick] [--stage profile calibrate predict serve report] [--repeats 3]
+        [--systems 1p1d mixed] [--duration 40] [--data FOLDER]
 
 profile   `baton profile` of the 110M Llama, one file per system: FOLDER/profile-SYSTEM.yaml
-predict   the simulator's outcomes of every load with those profiles: FOLDER/predictions.json, which names the profiles' hashes
+calibrate a load of its own on each system, and what steps cost in service by what its workers remember of it, beside a router and
+          a client on the same cores (live_calibration.py): FOLDER/calibration.json
+predict   the simulator's outcomes of every load with both: FOLDER/predictions.json, which names their hashes
 serve     each load on a fresh cluster of its system, through HTTP, `--repeats` times in turn: FOLDER/served.json, raw times of
-          every request in FOLDER/requests.csv. Refused when a profile is not the one that the predictions were made with
+          every request in FOLDER/requests.csv. Refused when one of them is not what the predictions were made with
 report    the two side by side: FOLDER/live.md
 
 Loads: five Poisson rates around what the prediction says the system can carry (its goodput times 0.6 to 1.3), 512 tokens in and
-128 out, and a stretch of the Azure conversation trace (--data, skipped where it is absent) replayed at its goodput, lengths cut
+128 out, and a stretch of the Azure conversation trace (--data, skipped where it is absent) replayed at 0.45 of it, lengths cut
 to 1,500 and 300 tokens. The simulator sees the very requests that are served, arrival by arrival. Attainment, TTFT and TPOT are
 defined alike at both: the client's clock, all offered requests, failures as misses.
 
@@ -27,30 +29,39 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from baton.bench.driver import run_load
 from baton.core.errors import BatonError, InvalidRequest
+from baton.core.observed import ObservedStep
 from baton.core.topology import Topology
+from baton.core.view import Role
+from baton.deploy.cluster import running_cluster
+from baton.deploy.observe import Observation, observe
 from baton.placement.model_shape import find_model
 from baton.placement.profile import read_profile
-from baton.placement.topology_setup import costs_of, fabric_of, setup_of
+from baton.placement.topology_setup import PoolCost, costs_of, fabric_of, setup_of
 from baton.simulator.simulate import simulate
 from baton.simulator.workload.lengths import Length
 from baton.simulator.workload.planned import PlannedRequest
 from baton.simulator.workload.synthetic import poisson_workload
 from baton.simulator.workload.traces import TraceOptions, read_trace
 from clusters import SLO, random_model
+from live_calibration import InService, calibrate
 from live_compare import Figures, Load, Prediction, compare, figures_of, goodput_of, markdown, verdict
 from loads import Lengths, warm
-from systems import TOPOLOGIES, System, vocab_size
+from systems import TOPOLOGIES, Endpoint, System, vocab_size
 
-STAGES = ("profile", "predict", "serve", "report")
+STAGES = ("profile", "calibrate", "predict", "serve", "report")
 SHARES = (0.6, 0.8, 1.0, 1.15, 1.3)  # of the predicted goodput
-SEED = 11
+TRACE_SHARE = 0.45  # of it: the trace's prompts are twice as long on the mean
+SEED, CALIBRATION_SEED = 11, 12
+CALIBRATION_SHARE = 0.85  # of the goodput that the profile alone promises
 TRACE = "azure2023/AzureLLMInferenceTrace_conv.csv"
+CALIBRATION = "calibration.json"
 TRACE_SKIPPED = 600  # requests at the head of the trace, where it has hardly begun
 MAX_INPUT, MAX_OUTPUT = 1500, 300
 
@@ -72,8 +83,11 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     topologies = {name: TOPOLOGIES[name](arguments.model) for name in arguments.systems}
     if "profile" in arguments.stage:
+        (arguments.out / CALIBRATION).unlink(missing_ok=True)
         for name, topology in topologies.items():
             measure_profile(arguments, name, topology)
+    if "calibrate" in arguments.stage:
+        asyncio.run(calibrate_all(arguments, topologies))
     if "predict" in arguments.stage:
         predict_all(arguments, topologies)
     if "serve" in arguments.stage:
@@ -92,6 +106,33 @@ def measure_profile(arguments: argparse.Namespace, name: str, topology: Topology
     subprocess.run(command, check=True)
 
 
+async def calibrate_all(arguments: argparse.Namespace, topologies: dict[str, Topology]) -> None:
+    """Serve one load on each system and ask its workers what their steps took."""
+    found: dict[str, dict[str, InService]] = {}
+    for name, topology in topologies.items():
+        alone = read_profile(_profile_path(arguments.out, name)).costs[0].cost
+        load = Load(name, "calibration", CALIBRATION_SHARE * _predicted_goodput(arguments, name, topology))
+        steps: dict[str, list[ObservedStep]] = {}
+        for worker in (await _observed(arguments, topology, load)).workers:
+            steps.setdefault(worker.role, []).extend(worker.steps)
+        found[name] = {str(role): calibrate(alone, seen) for role, seen in steps.items()}
+        for role, fitted in found[name].items():
+            print(f"{name} {role} in service: {fitted}", flush=True)
+    document = {name: {role: asdict(fitted) for role, fitted in pools.items()} for name, pools in found.items()}
+    (arguments.out / CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+async def _observed(arguments: argparse.Namespace, topology: Topology, load: Load) -> Observation:
+    """What a cluster remembers after a load with requests of its own."""
+    with tempfile.TemporaryDirectory(prefix="baton-benchmark-") as scratch:
+        async with running_cluster(topology, Path(scratch)) as cluster:
+            status = await cluster.wait_ready()
+            endpoint, vocabulary = Endpoint(f"http://{status.http}", topology.model.served_name), vocab_size(arguments)
+            await warm(endpoint.target(CALIBRATION_SEED, vocabulary), Lengths())
+            await run_load(endpoint.target(CALIBRATION_SEED + 1, vocabulary), _workload(arguments, load, CALIBRATION_SEED))
+            return await observe(cluster.controller)
+
+
 def predict_all(arguments: argparse.Namespace, topologies: dict[str, Topology]) -> None:
     """What the simulator says, before anything is served."""
     predictions = []
@@ -100,13 +141,13 @@ def predict_all(arguments: argparse.Namespace, topologies: dict[str, Topology]) 
         shares = (0.6, 1.0) if arguments.quick else SHARES
         loads = [Load(name, f"poisson-{share:g}", round(share * goodput, 3)) for share in shares]
         if (arguments.data / TRACE).exists():
-            loads.append(Load(name, "azure", round(goodput, 3)))
+            loads.append(Load(name, "azure", round(TRACE_SHARE * goodput, 3)))
         for load in loads:
             figures = _simulated(arguments, name, topology, _workload(arguments, load))
             predictions.append(Prediction(load, figures))
             print(f"predicted {load}: {figures}", flush=True)
     document = {
-        "profiles": {name: _hash(_profile_path(arguments.out, name)) for name in topologies},
+        "made_with": {path.name: _hash(path) for path in _basis(arguments.out, topologies)},
         "duration": arguments.duration,
         "predictions": [asdict(prediction) for prediction in predictions],
     }
@@ -116,11 +157,9 @@ def predict_all(arguments: argparse.Namespace, topologies: dict[str, Topology]) 
 async def serve_all(arguments: argparse.Namespace, topologies: dict[str, Topology]) -> None:
     """Systems take turns, and all loads of a system follow each other on one cluster; prompts are new every time."""
     document = json.loads((arguments.out / "predictions.json").read_text(encoding="utf-8"))
-    for name, expected in document["profiles"].items():
-        if _hash(_profile_path(arguments.out, name)) != expected:
-            raise InvalidRequest(
-                f"{_profile_path(arguments.out, name)} is not what the predictions were made with: predict again"
-            )
+    for file, expected in document["made_with"].items():
+        if _hash(arguments.out / file) != expected:
+            raise InvalidRequest(f"{arguments.out / file} is not what the predictions were made with: predict again")
     if document["duration"] != arguments.duration:
         raise InvalidRequest(f"the predictions are of loads of {document['duration']} s: give --duration {document['duration']}")
     loads = [Load(**prediction["load"]) for prediction in document["predictions"]]
@@ -166,13 +205,13 @@ def report(out: Path) -> None:
 # ---- inside -------------------------------------------------------------------------------------
 
 
-def _workload(arguments: argparse.Namespace, load: Load) -> tuple[PlannedRequest, ...]:
+def _workload(arguments: argparse.Namespace, load: Load, seed: int = SEED) -> tuple[PlannedRequest, ...]:
     if load.name == "azure":
         whole = read_trace(arguments.data / TRACE, "azure", TraceOptions(1.0, TRACE_SKIPPED + 2000, None, MAX_INPUT, MAX_OUTPUT))
         return _stretch(whole[TRACE_SKIPPED:], load.rate, arguments.duration)
     inputs, outputs = (Length("fixed", count, count) for count in (Lengths().input, Lengths().output))
     num_requests = max(8, round(load.rate * arguments.duration))
-    return poisson_workload(load.rate, inputs, outputs, num_requests=num_requests, seed=SEED)
+    return poisson_workload(load.rate, inputs, outputs, num_requests=num_requests, seed=seed)
 
 
 def _stretch(trace: Sequence[PlannedRequest], rate: float, duration: float) -> tuple[PlannedRequest, ...]:
@@ -205,12 +244,27 @@ def _predicted_goodput(arguments: argparse.Namespace, name: str, topology: Topol
 def _simulated(arguments: argparse.Namespace, name: str, topology: Topology, workload: Sequence[PlannedRequest]) -> Figures:
     shape = find_model(str(arguments.model))
     profiles = [read_profile(_profile_path(arguments.out, name))]
-    setup = setup_of(topology, shape, costs_of(topology, shape, profiles), fabric_of(topology, profiles))
+    costs = costs_of(topology, shape, profiles)
+    for role, fitted in _calibration(arguments.out, name).items():
+        costs[Role(role)] = PoolCost(fitted.cost(profiles[0].costs[0].cost), "measured in service", fitted.overhead)
+    setup = setup_of(topology, shape, costs, fabric_of(topology, profiles))
     return figures_of(simulate(setup, workload).outcomes, SLO)
 
 
 def _profile_path(out: Path, name: str) -> Path:
     return out / f"profile-{name}.yaml"
+
+
+def _calibration(out: Path, name: str) -> dict[str, InService]:
+    """By pool; empty before there is one."""
+    path = out / CALIBRATION
+    document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {role: InService(**fitted) for role, fitted in document.get(name, {}).items()}
+
+
+def _basis(out: Path, names: Iterable[str]) -> list[Path]:
+    """All that predictions rest on."""
+    return [*(_profile_path(out, name) for name in names), *(path for path in (out / CALIBRATION,) if path.exists())]
 
 
 def _hash(path: Path) -> str:
