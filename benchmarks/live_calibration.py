@@ -1,7 +1,8 @@
 """What steps cost in service, where workers share their cores with a router, a client and their own event loops.
 
-A profile is taken of an engine alone. In service a step takes added + factor * its time alone: two numbers for each pool, fitted
-to the steps that the workers of a running cluster remember (`baton.deploy.observe`), and one for the host between steps.
+A profile is taken of an engine alone. Service adds to it, for each pool, some seconds a step, a share of the step, and some
+seconds for every token that somebody has to pass on: three numbers of at least 0, fitted to the steps that the workers of a
+running cluster remember (`baton.deploy.observe`); and the host's time between two steps.
 """
 
 from __future__ import annotations
@@ -22,35 +23,35 @@ OUTLIER = 2.0  # times the median ratio to the time alone: the machine did somet
 
 @dataclass(frozen=True, slots=True)
 class InService:
-    """added and overhead in seconds; `overhead` lies between two steps, `median_error` is what the fit leaves."""
+    """seconds = alone + step + share * alone + token * sampled rows, and `overhead` seconds between two steps.
 
-    added: float
-    factor: float
+    median_error  what the fit leaves, relative
+    """
+
+    step: float
+    share: float
+    token: float
     overhead: float
     num_steps: int
     median_error: float
 
     def cost(self, alone: LinearCost) -> LinearCost:
         """The same steps in service."""
-        scaled = {
-            name: self.factor * getattr(alone, name)
-            for name in ("token", "pair", "prefill_context", "prefill_row", "decode_context", "decode_row", "sampled")
-        }
-        return replace(alone, step=self.added + self.factor * alone.step, **scaled)
+        names = ("step", "token", "pair", "prefill_context", "prefill_row", "decode_context", "decode_row", "sampled")
+        cost = replace(alone, **{name: (1 + self.share) * getattr(alone, name) for name in names})
+        return replace(cost, step=cost.step + self.step, sampled=cost.sampled + self.token)
 
 
 def calibrate(alone: LinearCost, steps: Sequence[ObservedStep]) -> InService:
     """Least squares of the relative error. Raises Unavailable when too few steps were seen."""
     if len(steps) < LEAST_STEPS:
         raise Unavailable(f"{len(steps)} steps were observed; at least {LEAST_STEPS} are needed: serve for longer")
-    typical = statistics.median(step.seconds / alone.seconds(step.shape) for step in steps)
-    kept = [step for step in steps if step.seconds < OUTLIER * typical * alone.seconds(step.shape)]
-    rows = np.array([[1.0 / step.seconds, alone.seconds(step.shape) / step.seconds] for step in kept])
-    added, factor = solve_non_negative(rows, np.ones(len(kept)))
-    fitted = InService(float(added), float(factor), 0.0, len(kept), 0.0)
-    cost = fitted.cost(alone)
-    return replace(
-        fitted,
-        overhead=statistics.median(step.period - step.seconds for step in kept),
-        median_error=statistics.median(abs(cost.seconds(step.shape) / step.seconds - 1) for step in kept),
-    )
+    typical = statistics.median(each.seconds / alone.seconds(each.shape) for each in steps)
+    kept = [each for each in steps if each.seconds < OUTLIER * typical * alone.seconds(each.shape)]
+    expected = [alone.seconds(each.shape) for each in kept]
+    terms = np.array([[1.0, time, each.shape.sampled] for each, time in zip(kept, expected, strict=True)])
+    seconds = np.array([each.seconds for each in kept])
+    found = solve_non_negative(terms / seconds[:, None], 1 - np.array(expected) / seconds)
+    left = np.abs(terms @ found + expected - seconds) / seconds
+    overhead = statistics.median(each.period - each.seconds for each in kept)
+    return InService(*map(float, found), overhead, len(kept), float(np.median(left)))

@@ -72,6 +72,11 @@ class Cell:
     def within(self) -> bool:
         return abs(self.predicted - self.live) <= self.allowed
 
+    @property
+    def error(self) -> float:
+        """Relative."""
+        return self.predicted / self.live - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -117,10 +122,8 @@ def goodput_of(comparisons: Sequence[Comparison], target: float) -> dict[str, Ce
             (each for each in comparisons if each.load.system == system and each.load.name.startswith("poisson")),
             key=lambda each: each.load.rate,
         )
-        predicted, live = (
-            _crossing([(each.load.rate, getattr(each.attainment, side)) for each in rows], target)
-            for side in ("predicted", "live")
-        )
+        predicted = _crossing([(each.load.rate, each.attainment.predicted) for each in rows], target)
+        live = _crossing([(each.load.rate, each.attainment.live) for each in rows], target)
         goodputs[system] = Cell(predicted, live, 0.0, GOODPUT_SHARE * live)
     return goodputs
 
@@ -149,14 +152,7 @@ def markdown(comparisons: Sequence[Comparison], goodputs: dict[str, Cell]) -> st
         ]
         for each in comparisons:
             if each.load.system == system:
-                share = each.attainment
-                cells = [
-                    _mark(
-                        share,
-                        f"{100 * share.predicted:.0f} / {100 * share.live:.0f} ({100 * (share.predicted - share.live):+.0f})",
-                    )
-                ]
-                cells += [_time(cell) for cell in each.times.values()]
+                cells = [_attainment(each.attainment), *map(_time, each.times.values())]
                 lines.append(f"| {each.load.name} | {each.load.rate:.2f} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -165,26 +161,25 @@ def markdown(comparisons: Sequence[Comparison], goodputs: dict[str, Cell]) -> st
 def verdict(comparisons: Sequence[Comparison], goodputs: dict[str, Cell]) -> dict[str, float]:
     """Figures for the last line: how many are within, and the largest error of each kind."""
     cells = [cell for each in comparisons for cell in each.cells] + list(goodputs.values())
-    worst = {
-        f"worst_{name}_error": round(max(abs(each.times[name].predicted / each.times[name].live - 1) for each in comparisons), 3)
-        for name in TIMES
-    }
+    worst = {name: max(abs(each.times[name].error) for each in comparisons) for name in TIMES}
+    points = max(abs(each.attainment.predicted - each.attainment.live) for each in comparisons)
     return {
         "within": sum(cell.within for cell in cells),
         "of": len(cells),
-        "worst_attainment_points": round(
-            100 * max(abs(each.attainment.predicted - each.attainment.live) for each in comparisons), 1
-        ),
-        **worst,
-        **{f"goodput_error_{system}": round(cell.predicted / cell.live - 1, 3) for system, cell in goodputs.items()},
+        "worst_attainment_points": round(100 * points, 1),
+        **{f"worst_{name}_error": round(error, 3) for name, error in worst.items()},
+        **{f"goodput_error_{system}": round(cell.error, 3) for system, cell in goodputs.items()},
     }
+
+
+def _attainment(cell: Cell) -> str:
+    difference = 100 * (cell.predicted - cell.live)
+    return _mark(cell, f"{100 * cell.predicted:.0f} / {100 * cell.live:.0f} ({difference:+.0f})")
 
 
 def _time(cell: Cell) -> str:
     spread = f" ± {500 * cell.spread:.1f}" if cell.spread else ""
-    return _mark(
-        cell, f"{1000 * cell.predicted:.1f} / {1000 * cell.live:.1f}{spread} ({100 * (cell.predicted / cell.live - 1):+.0f}%)"
-    )
+    return _mark(cell, f"{1000 * cell.predicted:.1f} / {1000 * cell.live:.1f}{spread} ({100 * cell.error:+.0f}%)")
 
 
 def _mark(cell: Cell, text: str) -> str:
