@@ -4,8 +4,8 @@
         [--systems 1p1d mixed] [--duration 40] [--data FOLDER]
 
 profile   `baton profile` of the 110M Llama, one file per system: FOLDER/profile-SYSTEM.yaml
-calibrate a load of its own on each system, and what steps cost in service by what its workers remember of it, beside a router and
-          a client on the same cores (live_calibration.py): FOLDER/calibration.json
+calibrate two loads of their own on each system, and what steps cost beside a router and a client on the same cores, by what its
+          workers remember of them (live_calibration.py): FOLDER/calibration.json
 predict   the simulator's outcomes of every load with both: FOLDER/predictions.json, which names their hashes
 serve     each load on a fresh cluster of its system, through HTTP, `--repeats` times in turn: FOLDER/served.json, raw times of
           every request in FOLDER/requests.csv. Refused when one of them is not what the predictions were made with
@@ -27,11 +27,12 @@ import asyncio
 import csv
 import hashlib
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from baton.bench.driver import run_load
@@ -50,7 +51,7 @@ from baton.simulator.workload.planned import PlannedRequest
 from baton.simulator.workload.synthetic import poisson_workload
 from baton.simulator.workload.traces import TraceOptions, read_trace
 from clusters import SLO, random_model
-from live_calibration import InService, calibrate
+from live_calibration import Calibration, InService, calibrate
 from live_compare import Figures, Load, Prediction, compare, figures_of, goodput_of, markdown, verdict
 from loads import Lengths, warm
 from systems import TOPOLOGIES, Endpoint, System, vocab_size
@@ -59,7 +60,7 @@ STAGES = ("profile", "calibrate", "predict", "serve", "report")
 SHARES = (0.6, 0.8, 1.0, 1.15, 1.3)  # of the predicted goodput
 TRACE_SHARE = 0.45  # of it: the trace's prompts are twice as long on the mean
 SEED, CALIBRATION_SEED = 11, 12
-CALIBRATION_SHARE = 0.85  # of the goodput that the profile alone promises
+CALIBRATION_SHARES = (0.6, 1.0)  # of the goodput that the profile alone promises
 TRACE = "azure2023/AzureLLMInferenceTrace_conv.csv"
 CALIBRATION = "calibration.json"
 TRACE_SKIPPED = 600  # requests at the head of the trace, where it has hardly begun
@@ -107,30 +108,36 @@ def measure_profile(arguments: argparse.Namespace, name: str, topology: Topology
 
 
 async def calibrate_all(arguments: argparse.Namespace, topologies: dict[str, Topology]) -> None:
-    """Serve one load on each system and ask its workers what their steps took."""
-    found: dict[str, dict[str, InService]] = {}
+    """Serve loads of their own on each system and ask its workers what their steps took."""
+    document = {}
     for name, topology in topologies.items():
         alone = read_profile(_profile_path(arguments.out, name)).costs[0].cost
-        load = Load(name, "calibration", CALIBRATION_SHARE * _predicted_goodput(arguments, name, topology))
+        goodput = _predicted_goodput(arguments, name, topology)
         steps: dict[str, list[ObservedStep]] = {}
-        for worker in (await _observed(arguments, topology, load)).workers:
-            steps.setdefault(worker.role, []).extend(worker.steps)
-        found[name] = {str(role): calibrate(alone, seen) for role, seen in steps.items()}
-        for role, fitted in found[name].items():
-            print(f"{name} {role} in service: {fitted}", flush=True)
-    document = {name: {role: asdict(fitted) for role, fitted in pools.items()} for name, pools in found.items()}
+        ways: list[float] = []
+        for share in CALIBRATION_SHARES:
+            observed, way = await _observed(arguments, topology, Load(name, "calibration", share * goodput))
+            ways.append(way)
+            for worker in observed.workers:
+                steps.setdefault(str(worker.role), []).extend(worker.steps)
+        found = Calibration({role: calibrate(alone, seen) for role, seen in steps.items()}, statistics.fmean(ways))
+        print(f"{name} in service: {found}", flush=True)
+        document[name] = asdict(found)
     (arguments.out / CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-async def _observed(arguments: argparse.Namespace, topology: Topology, load: Load) -> Observation:
-    """What a cluster remembers after a load with requests of its own."""
+async def _observed(arguments: argparse.Namespace, topology: Topology, load: Load) -> tuple[Observation, float]:
+    """What a cluster remembers of a load, and how much later the client had a first token than the router, in the median."""
     with tempfile.TemporaryDirectory(prefix="baton-benchmark-") as scratch:
         async with running_cluster(topology, Path(scratch)) as cluster:
             status = await cluster.wait_ready()
             endpoint, vocabulary = Endpoint(f"http://{status.http}", topology.model.served_name), vocab_size(arguments)
-            await warm(endpoint.target(CALIBRATION_SEED, vocabulary), Lengths())
-            await run_load(endpoint.target(CALIBRATION_SEED + 1, vocabulary), _workload(arguments, load, CALIBRATION_SEED))
-            return await observe(cluster.controller)
+            target = endpoint.target(CALIBRATION_SEED, vocabulary)
+            result = await run_load(target, _workload(arguments, load, CALIBRATION_SEED))
+            observed = await observe(cluster.controller)
+    served = (result.records, observed.requests)
+    client, router = (statistics.median(each.ttft for each in requests if each.ttft is not None) for requests in served)
+    return observed, max(0.0, client - router)
 
 
 def predict_all(arguments: argparse.Namespace, topologies: dict[str, Topology]) -> None:
@@ -244,22 +251,24 @@ def _predicted_goodput(arguments: argparse.Namespace, name: str, topology: Topol
 def _simulated(arguments: argparse.Namespace, name: str, topology: Topology, workload: Sequence[PlannedRequest]) -> Figures:
     shape = find_model(str(arguments.model))
     profiles = [read_profile(_profile_path(arguments.out, name))]
-    costs = costs_of(topology, shape, profiles)
-    for role, fitted in _calibration(arguments.out, name).items():
+    costs, calibration = costs_of(topology, shape, profiles), _calibration(arguments.out, name)
+    for role, fitted in calibration.pools.items():
         costs[Role(role)] = PoolCost(fitted.cost(profiles[0].costs[0].cost), "measured in service", fitted.overhead)
     setup = setup_of(topology, shape, costs, fabric_of(topology, profiles))
-    return figures_of(simulate(setup, workload).outcomes, SLO)
+    outcomes = simulate(setup, workload).outcomes
+    return figures_of([replace(outcome, arrival=outcome.arrival - calibration.client) for outcome in outcomes], SLO)
 
 
 def _profile_path(out: Path, name: str) -> Path:
     return out / f"profile-{name}.yaml"
 
 
-def _calibration(out: Path, name: str) -> dict[str, InService]:
-    """By pool; empty before there is one."""
+def _calibration(out: Path, name: str) -> Calibration:
+    """Nothing is added before there is one."""
     path = out / CALIBRATION
     document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {role: InService(**fitted) for role, fitted in document.get(name, {}).items()}
+    found = document.get(name, {"pools": {}, "client": 0.0})
+    return Calibration({role: InService(**fitted) for role, fitted in found["pools"].items()}, found["client"])
 
 
 def _basis(out: Path, names: Iterable[str]) -> list[Path]:

@@ -74,12 +74,14 @@ def test_what_service_adds_is_found_again_whatever_single_steps_do() -> None:
     shapes = [StepShape(decode_rows=rows, decode_context=300 * rows, sampled=rows) for rows in range(1, LEAST_STEPS + 1)]
     seconds = [0.001 + 1.2 * alone.seconds(shape) + 0.0002 * shape.sampled for shape in shapes]
     steps = [ObservedStep(shape, time, time + 0.0005) for shape, time in zip(shapes, seconds, strict=True)]
-    steps.append(dataclasses.replace(steps[0], seconds=1.0, period=1.0))
     found = calibrate(alone, steps)
     assert (found.step, found.share, found.token) == (pytest.approx(0.001), pytest.approx(0.2), pytest.approx(0.0002))
     assert found.overhead == pytest.approx(0.0005)
     assert found.num_steps == len(shapes)
-    in_service = found.cost(alone)
-    assert in_service.seconds(shapes[3]) == pytest.approx(steps[3].seconds)
+    assert found.cost(alone).seconds(shapes[3]) == pytest.approx(seconds[3])
+    stalled = [*steps, dataclasses.replace(steps[0], seconds=1.0)]  # decides nothing but the sum
+    cost = calibrate(alone, stalled).cost(alone)
+    assert sum(cost.seconds(each.shape) for each in stalled) == pytest.approx(sum(seconds) + 1.0)
+    assert cost.seconds(shapes[3]) / cost.seconds(shapes[9]) == pytest.approx(seconds[3] / seconds[9])
     with pytest.raises(Unavailable, match="at least 16"):
         calibrate(alone, steps[:5])
