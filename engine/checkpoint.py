@@ -55,7 +55,7 @@ class Checkpoint:
         refuse(problems)
 
     def read_into(self, out: Tensor, name: str, share: range | None = None, axis: int = 0) -> None:
-        """Copy tensor `name` into `out`, converted to its type; only indices `share` of `axis` when given."""
+        """Copy tensor `name` into `out`, on any device, converted to its type; only indices `share` of `axis` when given."""
         part = self.part(name)
         if share is None:
             tensor = part[:]

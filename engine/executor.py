@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -20,14 +19,11 @@ from ..core.kv import KVLayout
 from ..core.request import Attempt, SamplingParams
 from ..core.step import RowOutput, StepOutput, StepPlan, StepRow
 from ..kernels.batch import RowSpan
-from .grammar import Constraints, Grammars
+from .grammar import Grammars
 from .model.interface import CausalModel
-from .sampler import prompt_logprobs, sample
-from .shaping import Shaper
+from .row_sampler import RowSampler, with_prompts
 
-# Attempts that are remembered: bounds for owners that never call `forget`.
-MAX_LAST_TOKENS = 1 << 16
-MAX_SHAPERS = 1 << 12
+MAX_LAST_TOKENS = 1 << 16  # attempts that are remembered: a bound for owners that never call `forget`
 
 
 class Executor(Protocol):
@@ -69,8 +65,7 @@ class TorchExecutor:
         self._layout = layout
         self._step_delay = step_delay
         self._last: dict[Attempt, int] = {}  # the last token sampled for an attempt, oldest entries first
-        self._shapers: dict[Attempt, Shaper] = {}  # of the attempts whose logits depend on their tokens, oldest first
-        self._constraints = Constraints(grammars)
+        self._sampler = RowSampler(model.kernels, grammars)
         self._thread = ThreadPoolExecutor(1, "executor", initializer=torch.set_num_threads, initargs=(threads,))
 
     def submit(self, plan: StepPlan) -> Future[StepOutput]:
@@ -90,7 +85,7 @@ class TorchExecutor:
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._last.clear()
-        self._shapers.clear()
+        self._sampler.clear()
         self._kv = None  # the pool's memory may be closed now
 
     def warm_up(self, max_step_tokens: int = 512) -> list[tuple[StepPlan, float]]:
@@ -98,7 +93,7 @@ class TorchExecutor:
 
         Writes to the first blocks of the pool: call it before any sequence holds blocks. Blocks the caller.
         """
-        plans = _warm_up_plans(self._model, self._layout, 0 if self._kv is None else self._kv.shape[0], max_step_tokens)
+        plans = warm_up_plans(self._model, self._layout, 0 if self._kv is None else self._kv.shape[0], max_step_tokens)
         measured = []
         for plan in plans:
             self.submit(plan).result()
@@ -141,30 +136,22 @@ class TorchExecutor:
         if len(last) == len(places):
             return self._sample(plan.rows, logits)
         sampled = self._sample(plan.rows, logits[last])
-        return _with_prompts(plan.rows, sampled, logits)
+        return with_prompts(plan.rows, sampled, logits)
 
     def _sample(self, rows: Sequence[StepRow], logits: Tensor) -> tuple[RowOutput, ...]:
         """logits [R, V], one for each of `rows` that samples: their tokens, and nothing for the others."""
         sampling = [row for row in rows if row.sample]
         if not sampling:
             return (RowOutput(),) * len(rows)
-        shapers = {i: self._shaper(row) for i, row in enumerate(sampling) if row.needs is not None and row.sampling.shaped}
-        made = sample(logits, sampling, self._constraints.masks(sampling, self._last), shapers, self._model.kernels)
+        made = self._sampler.sample(logits, sampling, self._last)
         for row, output in zip(sampling, made, strict=True):
             self._remember(row.attempt, output.tokens[-1])
-        for i, shaper in shapers.items():
-            shaper.append(made[i].tokens[-1])
-        taken = iter(self._constraints.take(sampling, made))
+        taken = iter(self._sampler.take(sampling, made))
         return tuple(next(taken) if row.sample else RowOutput() for row in rows)
 
     def _span(self, row: StepRow, offset: int) -> RowSpan:
         """Check a row and describe it to the kernels."""
-        needed = self._layout.num_blocks_for(row.end)
-        if row.num_tokens < 1 or len(row.block_table) < needed or row.end > self._model.max_model_len:
-            raise InternalError(
-                f"row of {row.attempt}: {row.num_tokens} tokens from position {row.start} need {needed} blocks of "
-                f"{len(row.block_table)} given, and the model takes {self._model.max_model_len} positions"
-            )
+        needed = check_row(row, self._layout, self._model.max_model_len)
         # Behind the last token there may be anything, unless the same sequence wrote to the block before.
         entered = row.num_tokens > 1 or row.start % self._layout.block_size == 0
         return RowSpan(offset, row.num_tokens, row.start, row.block_table[:needed], entered or row.attempt not in self._last)
@@ -177,23 +164,9 @@ class TorchExecutor:
             raise InternalError(f"row of {row.attempt} is pending, but no token was sampled for that attempt here")
         return (token,)
 
-    def _shaper(self, row: StepRow) -> Shaper:
-        """Made from the history that the row brings, or by an earlier row."""
-        history = None if row.needs is None else row.needs.history
-        if history is not None:
-            self._shapers.pop(row.attempt, None)
-            self._shapers[row.attempt] = Shaper(row.sampling, history, row.output_index)
-            if len(self._shapers) > MAX_SHAPERS:
-                del self._shapers[next(iter(self._shapers))]
-        shaper = self._shapers.get(row.attempt)
-        if shaper is None:
-            raise InternalError(f"row of {row.attempt} is sampled by its tokens, but no row has brought them here")
-        return shaper
-
     def _forget(self, attempt: Attempt) -> None:
         self._last.pop(attempt, None)
-        self._shapers.pop(attempt, None)
-        self._constraints.forget(attempt)
+        self._sampler.forget(attempt)
 
     def _remember(self, attempt: Attempt, token: int) -> None:
         self._last.pop(attempt, None)
@@ -202,20 +175,18 @@ class TorchExecutor:
             del self._last[next(iter(self._last))]
 
 
-def _with_prompts(rows: Sequence[StepRow], outputs: Sequence[RowOutput], logits: Tensor) -> tuple[RowOutput, ...]:
-    """Add what is asked of the prompts: logits [N, V] hold, row by row, those of the targets and then the one sampled from."""
-    answers, at = [], 0
-    for row, output in zip(rows, outputs, strict=True):
-        targets = () if row.needs is None else row.needs.targets
-        if targets:
-            of_prompt = prompt_logprobs(logits[at : at + len(targets)], targets, row.sampling.prompt_logprobs or 0)
-            output = replace(output, prompt_logprobs=of_prompt)
-        answers.append(output)
-        at += len(targets) + row.sample
-    return tuple(answers)
+def check_row(row: StepRow, layout: KVLayout, max_model_len: int) -> int:
+    """The number of blocks that hold the row's tokens. Raises InternalError when it has fewer, or feeds what cannot be fed."""
+    needed = layout.num_blocks_for(row.end)
+    if row.num_tokens < 1 or len(row.block_table) < needed or row.end > max_model_len:
+        raise InternalError(
+            f"row of {row.attempt}: {row.num_tokens} tokens from position {row.start} need {needed} blocks of "
+            f"{len(row.block_table)} given, and the model takes {max_model_len} positions"
+        )
+    return needed
 
 
-def _warm_up_plans(model: CausalModel, layout: KVLayout, num_blocks: int, max_step_tokens: int) -> list[StepPlan]:
+def warm_up_plans(model: CausalModel, layout: KVLayout, num_blocks: int, max_step_tokens: int) -> list[StepPlan]:
     """Step 0 twice: a chunk of `max_step_tokens` (less if the model or the pool is smaller), then one decode row."""
     if num_blocks < 1:
         raise InternalError("warm-up needs an open executor and at least one block")

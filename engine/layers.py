@@ -150,20 +150,28 @@ class Softcapped:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Reads this rank's share of a checkpoint into the layers above."""
+    """Reads this rank's share of a checkpoint into the layers above, each tensor straight to the device where it stays."""
 
     checkpoint: Checkpoint
     dtype: torch.dtype
     parallel: ParallelContext
     kernels: Kernels
+    device: torch.device = torch.device("cpu")
+
+    def empty(self, *shape: int) -> Tensor:
+        """Room for a tensor of weights."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """A whole tensor."""
-        return self.checkpoint.read(name, shape, self.dtype)
+        out = self.empty(*shape)
+        self.checkpoint.read_into(out, name)
+        return out
 
     def norm(self, name: str, size: int, offset: float = 0.0) -> Tensor:
         """The weight of a norm [size], plus `offset`, added before it is rounded."""
-        return self.checkpoint.read(f"{name}.weight", (size,), torch.float32).add_(offset).to(self.dtype)
+        wide = self.checkpoint.read(f"{name}.weight", (size,), torch.float32)
+        return wide.add_(offset).to(self.device, self.dtype)
 
     def linear(self, name: str, num_outputs: int, num_inputs: int) -> Linear:
         """A projection that every rank has whole."""
@@ -172,8 +180,8 @@ class Weights:
     def column(self, parts: Sequence[tuple[str, range]], num_inputs: int, bias: bool) -> ColumnLinear:
         """Several projections of one input as a single linear; each part is a name and this rank's range of outputs."""
         total = sum(len(share) for _, share in parts)
-        weight = torch.empty((total, num_inputs), dtype=self.dtype)
-        biases = torch.empty(total, dtype=self.dtype) if bias else None
+        weight = self.empty(total, num_inputs)
+        biases = self.empty(total) if bias else None
         begin = 0
         for name, share in parts:
             end = begin + len(share)
@@ -185,7 +193,7 @@ class Weights:
 
     def row(self, name: str, share: range, num_outputs: int, bias: bool) -> RowLinear:
         """A projection whose inputs are sharded; `share` is this rank's range of them."""
-        weight = torch.empty((num_outputs, len(share)), dtype=self.dtype)
+        weight = self.empty(num_outputs, len(share))
         self.checkpoint.read_into(weight, f"{name}.weight", share, axis=1)
         added = self.tensor(f"{name}.bias", num_outputs) if bias and self.parallel.rank == 0 else None
         return RowLinear(self.kernels.linear(weight, added), self.parallel)

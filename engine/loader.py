@@ -50,8 +50,9 @@ def load_model(
     kernels: str = "cpu",
     threads: int = 1,
     deterministic: bool = False,
+    device: torch.device = torch.device("cpu"),
 ) -> CausalModel:
-    """Load the model of a folder, weights converted to `dtype`.
+    """Load the model of a folder, weights converted to `dtype`, tensor by tensor onto `device`.
 
     max_model_len None takes the model's own limit. Raises ModelError, before any weight is read, when the
     folder is incomplete, damaged, of an unsupported kind, or does not fit what is asked.
@@ -73,6 +74,6 @@ def load_model(
     except Unavailable as error:
         wanted = f"kernels {kernels!r}{' with deterministic results' if deterministic else ''}"
         raise ModelError(f"{wanted} are not to be had here: {error}") from error
-    weights = Weights(checkpoint, weights_dtype, parallel, made)
+    weights = Weights(checkpoint, weights_dtype, parallel, made, device)
     with torch.inference_mode():
         return loader.load(config, weights, max_model_len or limit)

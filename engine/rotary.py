@@ -28,12 +28,14 @@ class RotaryTable:
         return self.cos[positions], self.sin[positions]
 
 
-def rotary_table(rope: RopeConfig, head_dim: int, num_positions: int, dtype: torch.dtype) -> RotaryTable:
-    """Computed in float32, then cast, as transformers does."""
+def rotary_table(
+    rope: RopeConfig, head_dim: int, num_positions: int, dtype: torch.dtype, device: torch.device = torch.device("cpu")
+) -> RotaryTable:
+    """Computed in float32 on the CPU, the same bits for any device, then cast, as transformers does."""
     frequencies = inverse_frequencies(rope, head_dim)  # [D / 2]
     angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies  # [P, D / 2]
     factor = rope.attention_factor
-    return RotaryTable((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
+    return RotaryTable((angles.cos() * factor).to(device, dtype), (angles.sin() * factor).to(device, dtype))
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

@@ -86,7 +86,7 @@ def _ban_all_but(logits: Tensor, allowed: Mapping[int, Mask]) -> None:
 
 def _choose(logits: Tensor, rows: Sequence[StepRow], drawn: Sequence[int], kernels: Kernels) -> Tensor:
     """The tokens of shaped logits [R, V], int64 [R]: argmax, but for the rows that are drawn."""
-    specs = [_draw_spec(rows[i]) for i in drawn]
+    specs = [draw_spec(rows[i]) for i in drawn]
     if len(drawn) == len(rows):
         return kernels.draw(logits, specs)
     chosen = kernels.argmax(logits)
@@ -95,7 +95,8 @@ def _choose(logits: Tensor, rows: Sequence[StepRow], drawn: Sequence[int], kerne
     return chosen
 
 
-def _draw_spec(row: StepRow) -> DrawSpec:
+def draw_spec(row: StepRow) -> DrawSpec:
+    """How the row's token is drawn."""
     params = row.sampling
     return DrawSpec(
         params.temperature, params.top_k, params.top_p, params.min_p, params.seed, params.sequence_index, row.output_index

@@ -5,19 +5,33 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from ..core.errors import Unavailable
-from . import cpu, native, reference
+from . import cpu, native, reference, step_twin
 from .batch import DrawSpec, RowSpan
 from .interface import LayerParts, LayerStack, Linear, PagedAttention
+from .triton.step_tensors import StepTensors
 
 logger = logging.getLogger("baton.kernels")
 
 
 def no_stack(layers: Sequence[LayerParts], eps: float) -> None:
     """For backends that gain nothing by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepKernels:
+    """Kernels that can be recorded once and replayed for other steps: they ask the host nothing.
+
+    attention  from the pool kv[N, L, 2, K, S, D] and the rows of a step
+    sample     logits [R, V] and `draw_words` int32 [NUM_FIELDS, R] -> int64 [R]
+    """
+
+    attention: Callable[[Tensor, StepTensors], PagedAttention]
+    sample: Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +43,7 @@ class Kernels:
     stack      layers and the eps of all their norms, where the backend runs such layers faster in one go; else None
     norm_heads each query and key head of qkv [T, H + 2K, D] normed alone, in place: from qkv, K, their weights [D] and eps;
                None where it would not be faster than `rms_norm` of the parts
+    step       the same work with everything that changes from step to step in tensors, where a backend has that
     """
 
     attention: Callable[[Tensor, Sequence[RowSpan]], PagedAttention]
@@ -39,6 +54,13 @@ class Kernels:
     draw: Callable[[Tensor, Sequence[DrawSpec]], Tensor]
     stack: Callable[[Sequence[LayerParts], float], LayerStack | None] = no_stack
     norm_heads: Callable[[Tensor, int, Tensor, Tensor, float], None] | None = None
+    step: StepKernels | None = None
+
+
+def _twin(
+    attention: Callable[[Tensor, Sequence[RowSpan]], PagedAttention], draw: Callable[[Tensor, Sequence[DrawSpec]], Tensor]
+) -> StepKernels:
+    return StepKernels(partial(step_twin.TwinAttention, attention), partial(step_twin.sample, draw))
 
 
 KERNELS: dict[str, Kernels] = {
@@ -49,8 +71,19 @@ KERNELS: dict[str, Kernels] = {
         reference.add_rms_norm,
         reference.argmax,
         reference.draw,
+        step=StepKernels(
+            partial(step_twin.TwinAttention, reference.ReferenceAttention), partial(step_twin.sample, reference.draw)
+        ),
     ),
-    "cpu": Kernels(cpu.CpuAttention, cpu.CpuLinear, cpu.rms_norm, cpu.add_rms_norm, reference.argmax, cpu.draw),
+    "cpu": Kernels(
+        cpu.CpuAttention,
+        cpu.CpuLinear,
+        cpu.rms_norm,
+        cpu.add_rms_norm,
+        reference.argmax,
+        cpu.draw,
+        step=_twin(cpu.CpuAttention, cpu.draw),
+    ),
 }
 
 

@@ -135,7 +135,7 @@ class DecoderLoader:
             kernels=weights.kernels,
             max_model_len=max_model_len,
             embedding=embedding,
-            rotary=tuple(rotary_table(rope, config.head_dim, max_model_len, weights.dtype) for rope in ropes),
+            rotary=tuple(rotary_table(rope, config.head_dim, max_model_len, weights.dtype, weights.device) for rope in ropes),
             layers=layers,
             norm=weights.norm("model.norm", config.hidden_size, config.norm_offset),
             head=head,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -121,7 +120,7 @@ class OptLoader:
     def load(self, config: ModelConfig, weights: Weights, max_model_len: int) -> OptDecoder:
         hidden, width = config.hidden_size, config.embedding_size or config.hidden_size
         projected, tied = config.embedding_size is not None, config.tied_embeddings
-        positions = torch.empty((max_model_len, hidden), dtype=weights.dtype)
+        positions = weights.empty(max_model_len, hidden)
         rows = range(POSITION_OFFSET, POSITION_OFFSET + max_model_len)
         weights.checkpoint.read_into(positions, f"{DECODER}.embed_positions.weight", rows)
         head = weights.linear(f"{DECODER}.embed_tokens" if tied else "lm_head", config.vocab_size, width)

@@ -22,17 +22,8 @@ from torch import Tensor
 
 from ...core.errors import InternalError
 from ..batch import DrawSpec
-from .draw_parameters import (
-    NUM_FIELDS,
-    OUTPUT_INDEX,
-    SEED_HIGH,
-    SEED_LOW,
-    SEQUENCE_INDEX,
-    TEMPERATURE,
-    pack,
-    read_float,
-    read_int,
-)
+from ..draw_words import NUM_FIELDS, pack
+from .draw_parameters import OUTPUT_INDEX, SEED_HIGH, SEED_LOW, SEQUENCE_INDEX, TEMPERATURE, read_float, read_int
 from .noise import gumbel_noise, random_words
 from .slices import SLICE, Best, Rows, row_maximum, summarise
 from .truncation import distances_of, find_limits, keys_of
@@ -54,7 +45,7 @@ def argmax(logits: Tensor) -> Tensor:
 def sample(logits: Tensor, parameters: Tensor) -> Tensor:
     """A token for every row: logits [R, V] of any float type, parameters int32 [NUM_FIELDS, >= R] -> int64 [R].
 
-    The parameters are `draw_parameters.pack`'s, on the device of the logits. A row of temperature 0 takes the argmax; the
+    The parameters are `draw_words.pack`'s, on the device of the logits. A row of temperature 0 takes the argmax; the
     others are drawn as by `reference.draw`. A token at -inf or NaN is impossible; of a row where all are, any may come.
     Nothing waits for the device.
     """

@@ -30,7 +30,7 @@ _PIVOT_STEP = tl.constexpr(1 << 22)  # a factor of 1.5 or 1.33 between first piv
 
 
 def find_limits(rows: Rows, likeliest: Best, parameters: Tensor) -> Tensor:
-    """The largest key that each row keeps: int32 [R], of `draw_parameters.pack`'s parameters and the rows' likeliest tokens."""
+    """The largest key that each row keeps: int32 [R], of `draw_words.pack`'s parameters and the rows' likeliest tokens."""
     limits, held = rows.empty(torch.int32), rows.empty(torch.int32, MAX_HELD)
     counts, masses = (rows.empty(torch.float32, rows.num_slices, NUM_FIRST_PIVOTS) for _ in range(2))
     if rows.count:

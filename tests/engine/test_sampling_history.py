@@ -17,7 +17,7 @@ import pytest
 from baton.core.errors import InternalError
 from baton.core.request import Attempt, SamplingParams, SequenceSpec, TokenLogprob
 from baton.core.step import ComputedEvent, PreemptedEvent, RowNeeds, SequenceEvent, StepOutput, StepPlan, StepRow, TokenEvent
-from baton.engine import executor as executor_module
+from baton.engine import row_sampler as row_sampler_module
 from baton.engine.batching import KNOWN
 from baton.engine.blocks import BlockPool
 from baton.engine.cache import kv_layout, kv_tensor
@@ -239,11 +239,11 @@ def test_the_history_comes_once_and_its_state_goes_with_the_sequence(model: Caus
         assert set(needs[2:]) == {KNOWN}
         assert all(row.needs is None for plan in once.plans for row in plan.rows if row.attempt.request_id == "plain")
         once.executor.submit(StepPlan(999, ())).result(30)  # what was to be forgotten is
-        assert once.executor._shapers == {}
+        assert once.executor._sampler._shapers == {}
 
 
 def test_a_row_without_its_history_is_refused(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor_module, "MAX_SHAPERS", 2)
+    monkeypatch.setattr(row_sampler_module, "MAX_SHAPERS", 2)
 
     def step(name: str, needs: RowNeeds) -> StepOutput:
         row = StepRow(Attempt(name, 1), 0, PROMPT, (0, 1, 2), GREEDY, 0, True, needs=needs)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from baton.kernels.triton.draw_parameters import NUM_FIELDS, pack
+from baton.kernels.draw_words import NUM_FIELDS, pack
 from baton.kernels.triton.sampling import argmax, draw, sample
 from baton.kernels.triton.slices import SLICE, Rows, summarise
 from baton.kernels.triton.truncation import MAX_HELD, find_limits
