@@ -24,9 +24,10 @@ from baton.core.request import Attempt, WorkerRef
 from baton.kv_transfer.peer import add_peer_service
 from baton.kv_transfer.plan import plan_copies
 from baton.kv_transfer.pool import PoolMemory
-from baton.kv_transfer.registry import host_identity, make_transports
+from baton.kv_transfer.registry import host_identity
 from baton.kv_transfer.ticket import Ticket
 from baton.kv_transfer.transport import Header, Note, Transport
+from baton.kv_transfer.transports import make_transports
 
 LAYOUT = KVLayout(num_layers=12, num_kv_heads=4, head_dim=64, block_size=32, dtype="bfloat16")  # 384 KiB a block
 NUM_BLOCKS = 256

@@ -48,6 +48,7 @@ class Endpoint:
     address     host:port of the worker's peer server (side channel and byte streams)
     host        name of the machine (boot id): shared memory works only between equal ones
     shm_path    path that a process of this host may open to map the pool; empty when there is none
+    handle      what a process of this host may open the pool by when it is on a device; empty when it cannot
     num_blocks  size of the pool
     """
 
@@ -57,6 +58,7 @@ class Endpoint:
     shm_path: str
     num_blocks: int
     layout: KVLayout
+    handle: bytes = b""
 
 
 class BlockAllocator(Protocol):

@@ -14,9 +14,11 @@ from ..core.request import Attempt, WorkerRef
 from .cuts import cut, header_of, only_endpoint, runs_of
 from .frames import CHUNK_BYTES, Kind, checksum_of
 from .link import Connection, PeerLinks
-from .pool import PoolMemory
+from .pool import KvMemory
 from .ticket import Ticket
 from .transport import Copy, Header, Note, TransferStats
+
+SEGMENT_BYTES = 8 << 20  # brought to the host at a time, by pools that are elsewhere
 
 Tamper = Callable[[Header, memoryview], None]
 
@@ -29,7 +31,7 @@ class GrpcTransport:
 
     name = "grpc"
 
-    def __init__(self, memory: PoolMemory, links: PeerLinks, checksum: bool = True, tamper: Tamper | None = None) -> None:
+    def __init__(self, memory: KvMemory, links: PeerLinks, checksum: bool = True, tamper: Tamper | None = None) -> None:
         self._memory = memory
         self._links = links
         self._checksum = checksum
@@ -62,10 +64,11 @@ class GrpcTransport:
 
     async def _send(self, connection: Connection, copies: Sequence[Copy], header: Header) -> None:
         async with connection.conversation() as talk:
-            for pieces in cut(copies, CHUNK_BYTES):
-                payload = tuple(self._memory.buffer[p.source_offset : p.source_offset + p.num_bytes] for p in pieces)
-                checksum = checksum_of(payload) if self._checksum else None
-                await talk.send(Kind.CHUNK, header, runs_of(pieces), checksum, self._tampered(header, payload))
+            async for segment, buffer in self._memory.staged(copies, SEGMENT_BYTES):
+                for pieces in cut(segment, CHUNK_BYTES):
+                    payload = tuple(buffer[p.source_offset : p.source_offset + p.num_bytes] for p in pieces)
+                    checksum = checksum_of(payload) if self._checksum else None
+                    await talk.send(Kind.CHUNK, header, runs_of(pieces), checksum, self._tampered(header, payload))
             await talk.send(Kind.PLACED, header)
             await talk.reply()
 

@@ -15,14 +15,14 @@ import grpc
 from ..core.errors import TransferDamaged, TransferError, TransferRefused
 from ..core.request import WorkerRef
 from .frames import METHOD_NAME, METHOD_SERVICE, Kind, Reply, Request, Status, checksum_of
-from .pool import PoolMemory
+from .pool import KvMemory
 from .transport import Sink
 
 logger = logging.getLogger("baton.kv_transfer")
 
 
 def add_peer_service(
-    server: grpc.aio.Server, memory: PoolMemory, worker: WorkerRef, sink: Sink, checksum: bool = True
+    server: grpc.aio.Server, memory: KvMemory, worker: WorkerRef, sink: Sink, checksum: bool = True
 ) -> PeerServer:
     """Let `worker` receive KV into `memory` over `server`. With `checksum` bytes that come without one are refused."""
     peer = PeerServer(memory, worker, sink, checksum)
@@ -34,7 +34,7 @@ def add_peer_service(
 class PeerServer:
     """One worker's receiving end, for all its sources."""
 
-    def __init__(self, memory: PoolMemory, worker: WorkerRef, sink: Sink, checksum: bool) -> None:
+    def __init__(self, memory: KvMemory, worker: WorkerRef, sink: Sink, checksum: bool) -> None:
         self._memory = memory
         self._worker = worker
         self._sink = sink
@@ -86,10 +86,7 @@ class PeerServer:
             raise TransferDamaged(f"a chunk of {len(payload)} bytes came where {num_bytes} were announced")
         if self._checksum:
             _compare(request, checksum_of([payload]))
-        buffer, start = self._memory.buffer, 0
-        for offset, length in request.runs:
-            buffer[offset : offset + length] = payload[start : start + length]
-            start += length
+        self._memory.write(request.runs, payload)
 
     def _verify(self, request: Request) -> None:
         """Compare bytes that lie in the pool with their checksum (a segment of `shm`: 0.3 ms)."""
@@ -98,8 +95,7 @@ class PeerServer:
         self._sink.check(request.header)
         self._check_runs(request)
         if self._checksum:
-            buffer = self._memory.buffer
-            _compare(request, checksum_of(buffer[offset : offset + length] for offset, length in request.runs))
+            _compare(request, self._memory.digest(request.runs))
 
     def _check_runs(self, request: Request) -> None:
         size = self._memory.num_bytes

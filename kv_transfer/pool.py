@@ -8,8 +8,45 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
 
 from ..core.errors import TransferRefused
+from .cuts import cut
+from .frames import Runs, checksum_of
+from .transport import Copy
+
+
+class KvMemory(Protocol):
+    """The memory of a KV pool as transports and the peer server use it, wherever it is.
+
+    path  where processes of this host can open it; empty when they cannot
+    """
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def staged(self, copies: Sequence[Copy], num_bytes: int) -> AsyncIterator[tuple[Sequence[Copy], memoryview]]:
+        """The same copies in segments of at most `num_bytes`, each with host memory that its source offsets count in.
+
+        That memory holds the bytes until the next segment is asked for.
+        """
+        ...
+
+    def write(self, runs: Runs, payload: memoryview) -> None:
+        """Copy bytes to where they belong, in the order of `runs`."""
+        ...
+
+    def digest(self, runs: Runs) -> int:
+        """The checksum of bytes that lie in the pool, as whoever can write straight to this kind of memory computes it."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory up."""
+        ...
 
 
 class PoolMemory:
@@ -60,6 +97,23 @@ class PoolMemory:
         finally:
             os.close(descriptor)
         return cls(mapping, path, None)
+
+    async def staged(self, copies: Sequence[Copy], num_bytes: int) -> AsyncIterator[tuple[Sequence[Copy], memoryview]]:
+        """See `KvMemory.staged`: the bytes are where the host can read them."""
+        for segment in cut(copies, num_bytes):
+            yield segment, self.buffer
+
+    def write(self, runs: Runs, payload: memoryview) -> None:
+        """See `KvMemory.write`."""
+        buffer, start = self.buffer, 0
+        for offset, length in runs:
+            buffer[offset : offset + length] = payload[start : start + length]
+            start += length
+
+    def digest(self, runs: Runs) -> int:
+        """See `KvMemory.digest`: xxh3_64."""
+        buffer = self.buffer
+        return checksum_of(buffer[offset : offset + length] for offset, length in runs)
 
     def close(self) -> None:
         """Give the memory up. Views of `buffer` taken by others stay valid; the memory goes with the last of them."""

@@ -1,34 +1,19 @@
-"""The transports by name, and which of them to use for a peer."""
+"""The transports by name, and which of them to use for a peer. Needs no torch: settings and checks read the names."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..core.errors import TransferRefused
 from ..core.kv import Endpoint
-from .grpc_stream import GrpcTransport
-from .link import PeerLinks
-from .pool import PoolMemory
-from .shm import ShmTransport
 from .transport import Transport
 
 AUTO = "auto"
 
-# Own endpoint, own pool, links to peers, checksum. In the order in which `auto` prefers them.
-Factory = Callable[[Endpoint, PoolMemory, PeerLinks, bool], Transport]
-
-TRANSPORTS: dict[str, Factory] = {
-    "shm": lambda own, memory, links, checksum: ShmTransport(memory, own.host, links, checksum),
-    "grpc": lambda own, memory, links, checksum: GrpcTransport(memory, links, checksum),
-}
-
-
-def make_transports(own: Endpoint, memory: PoolMemory, checksum: bool = True) -> dict[str, Transport]:
-    """Every transport for a worker that pushes from `memory`; they share one connection per peer."""
-    links = PeerLinks()
-    return {name: factory(own, memory, links, checksum) for name, factory in TRANSPORTS.items()}
+# In the order in which `auto` prefers them, where a worker has them (`transports.make_transports`).
+TRANSPORTS = ("cuda_ipc", "shm", "grpc")
 
 
 def choose(name: str, endpoint: Endpoint, transports: Mapping[str, Transport]) -> Transport:

@@ -37,7 +37,7 @@ class Ticket:
     def pack(self) -> bytes:
         """As bytes for the wire (msgpack)."""
         endpoints = [
-            (e.worker.worker_id, e.worker.epoch, e.address, e.host, e.shm_path, e.num_blocks, _layout_fields(e.layout))
+            (e.worker.worker_id, e.worker.epoch, e.address, e.host, e.shm_path, e.num_blocks, _layout_fields(e.layout), e.handle)
             for e in self.endpoints
         ]
         fields = (
@@ -71,8 +71,8 @@ class Ticket:
                 generation,
                 lease,
                 tuple(
-                    Endpoint(WorkerRef(w, ep), address, host, path, n, KVLayout(*layout))
-                    for w, ep, address, host, path, n, layout in endpoints
+                    Endpoint(WorkerRef(w, ep), address, host, path, n, KVLayout(*layout), handle)
+                    for w, ep, address, host, path, n, layout, handle in endpoints
                 ),
             )
         except (ValueError, TypeError, msgpack.UnpackException) as error:

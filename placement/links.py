@@ -17,9 +17,10 @@ from ..core.request import Attempt, WorkerRef
 from ..kv_transfer.peer import add_peer_service
 from ..kv_transfer.plan import plan_copies
 from ..kv_transfer.pool import PoolMemory
-from ..kv_transfer.registry import host_identity, make_transports
+from ..kv_transfer.registry import host_identity
 from ..kv_transfer.ticket import Ticket
 from ..kv_transfer.transport import Header, Note
+from ..kv_transfer.transports import make_transports
 
 LAYOUT = KVLayout(num_layers=12, num_kv_heads=4, head_dim=64, block_size=32, dtype="bfloat16")  # 384 KiB a block
 NUM_BLOCKS = 86  # 32 MiB

@@ -23,9 +23,10 @@ from ..core.topology import WorkerConfig
 from ..core.view import WorkerLoad
 from ..kv_transfer import handoff as ho
 from ..kv_transfer.plan import plan_copies
-from ..kv_transfer.registry import choose, make_transports
+from ..kv_transfer.registry import choose
 from ..kv_transfer.ticket import Ticket
 from ..kv_transfer.transport import TransferStats, Transport
+from ..kv_transfer.transports import make_transports
 from ..proto import worker_pb2 as pb
 from ..worker.build import Engine
 from ..worker.core import WorkerCore

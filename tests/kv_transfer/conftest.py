@@ -13,15 +13,19 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from baton.core.errors import TransferRefused
 from baton.core.kv import Endpoint, KVLayout
 from baton.core.request import Attempt, WorkerRef
+from baton.kernels.device import Device, HostDevice
+from baton.kv_transfer.device_pool import DevicePool
 from baton.kv_transfer.peer import add_peer_service
 from baton.kv_transfer.plan import plan_copies
 from baton.kv_transfer.pool import PoolMemory
 from baton.kv_transfer.registry import host_identity
 from baton.kv_transfer.ticket import Ticket
 from baton.kv_transfer.transport import Header, Note, TransferStats, Transport
+from torch import Tensor
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=4, head_dim=64, block_size=32, dtype="float32")  # 128 KiB a block
 NUM_BLOCKS = 64
@@ -66,7 +70,7 @@ class Target:
     """A receiving worker: in this process with a server of its own, or in a child process (then without a sink)."""
 
     endpoint: Endpoint
-    memory: PoolMemory
+    memory: PoolMemory  # the pool's bytes, also where the worker takes them for a device's
     sink: RecordingSink
     server: grpc.aio.Server | None = None
     process: subprocess.Popen[str] | None = None
@@ -129,40 +133,67 @@ def source() -> Source:
     return Source(memory)
 
 
+ON_DEVICES = ("cuda_ipc", "grpc_between_devices")
+
+
+def as_device_pool(memory: PoolMemory, device: Device = HostDevice()) -> DevicePool:
+    """The same bytes, used as if they were on a device."""
+    return DevicePool(torch.frombuffer(memory.buffer, dtype=torch.uint8), LAYOUT.block_bytes, device)
+
+
+class SharedMappings:
+    """In the place of CUDA IPC: handles are paths of shared memory, tensors of the CPU lie over it."""
+
+    def reaches(self, handle: bytes) -> bool:
+        return bool(handle)
+
+    def open(self, handle: bytes) -> Tensor:
+        return torch.frombuffer(PoolMemory.open(handle.decode(), NUM_BLOCKS * LAYOUT.block_bytes).buffer, dtype=torch.uint8)
+
+
 StartTarget = Callable[..., Awaitable[Target]]
 
 
 @pytest.fixture
-async def start_target() -> AsyncIterator[StartTarget]:
-    """Starts receiving workers and ends them after the test."""
+async def start_target(request: pytest.FixtureRequest) -> AsyncIterator[StartTarget]:
+    """Starts receiving workers and ends them after the test. Their pools are a device's if the transport is."""
     targets: list[Target] = []
 
-    async def in_process(worker: WorkerRef = TARGET, port: int = 0) -> Target:
+    named = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
+
+    def endpoint_at(worker: WorkerRef, address: str, path: str, on_device: bool) -> Endpoint:
+        where = ("", NUM_BLOCKS, LAYOUT, path.encode()) if on_device else (path, NUM_BLOCKS, LAYOUT)
+        return Endpoint(worker, address, host_identity(), *where)
+
+    async def in_process(worker: WorkerRef, port: int, on_device: bool) -> Target:
         memory = PoolMemory.shared(NUM_BLOCKS * LAYOUT.block_bytes)
         sink = RecordingSink()
         server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)])
         bound = server.add_insecure_port(f"127.0.0.1:{port}")
-        add_peer_service(server, memory, worker, sink, True)
+        add_peer_service(server, as_device_pool(memory) if on_device else memory, worker, sink, True)
         await server.start()
-        endpoint = Endpoint(worker, f"127.0.0.1:{bound}", host_identity(), memory.path, NUM_BLOCKS, LAYOUT)
+        endpoint = endpoint_at(worker, f"127.0.0.1:{bound}", memory.path, on_device)
         return Target(endpoint, memory, sink, server=server)
 
-    def spawn(worker: WorkerRef) -> tuple[subprocess.Popen[str], str]:
+    def spawn(worker: WorkerRef, on_device: bool) -> tuple[subprocess.Popen[str], str]:
         script = Path(__file__).with_name("peer_process.py")
-        arguments = [worker.worker_id, str(worker.epoch), str(NUM_BLOCKS), str(LAYOUT.block_bytes)]
+        where = "device" if on_device else "host"
+        arguments = [worker.worker_id, str(worker.epoch), str(NUM_BLOCKS), str(LAYOUT.block_bytes), where]
         process = subprocess.Popen([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         return process, process.stdout.readline()
 
-    async def as_child(worker: WorkerRef) -> Target:
-        process, line = await asyncio.to_thread(spawn, worker)
+    async def as_child(worker: WorkerRef, on_device: bool) -> Target:
+        process, line = await asyncio.to_thread(spawn, worker, on_device)
         said = json.loads(line)
-        endpoint = Endpoint(worker, said["address"], host_identity(), said["path"], NUM_BLOCKS, LAYOUT)
+        endpoint = endpoint_at(worker, said["address"], said["path"], on_device)
         memory = PoolMemory.open(said["path"], NUM_BLOCKS * LAYOUT.block_bytes)
         return Target(endpoint, memory, RecordingSink(), process=process)
 
-    async def start(worker: WorkerRef = TARGET, port: int = 0, child: bool = False) -> Target:
-        target = await (as_child(worker) if child else in_process(worker, port))
+    async def start(
+        worker: WorkerRef = TARGET, port: int = 0, child: bool = False, on_device: bool = named in ON_DEVICES
+    ) -> Target:
+        target = await (as_child(worker, on_device) if child else in_process(worker, port, on_device))
         targets.append(target)
         return target
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from baton.core.errors import TransferRefused
 from baton.core.kv import Endpoint, KVLayout
 from baton.core.request import WorkerRef
+from baton.kernels.device import HostDevice
+from baton.kv_transfer.device_pool import DevicePool
 from baton.kv_transfer.pool import PoolMemory
-from baton.kv_transfer.registry import TRANSPORTS, choose, host_identity, make_transports
+from baton.kv_transfer.registry import TRANSPORTS, choose, host_identity
+from baton.kv_transfer.transports import make_transports
 
 LAYOUT = KVLayout(1, 1, 8, 16, "float32")
 HERE = Endpoint(WorkerRef("prefill-0", 1), "127.0.0.1:1", "host-a", "/proc/1/fd/5", 4, LAYOUT)
@@ -24,8 +28,9 @@ def transports():
 
 
 def test_every_transport_of_the_table_is_made(transports):
-    assert {name: transport.name for name, transport in transports.items()} == {name: name for name in TRANSPORTS}
-    assert set(TRANSPORTS) == {"shm", "grpc"}
+    assert [(name, transport.name) for name, transport in transports.items()] == [("shm", "shm"), ("grpc", "grpc")]
+    on_device = make_transports(HERE, DevicePool(torch.zeros(4096, dtype=torch.uint8), 1024, HostDevice()))
+    assert [(name, transport.name) for name, transport in on_device.items()] == [(name, name) for name in TRANSPORTS]
 
 
 @pytest.mark.parametrize(
