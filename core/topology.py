@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from .slo import Slo
 from .view import Role
 
+CPU, ANY_GPU = "cpu", "cuda"  # accelerators that are no model's name
+GPU_MEMORY_FRACTION = 0.9  # of a GPU that a worker has to itself: the rest is for the driver, libraries and fragments
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -36,10 +39,12 @@ class ModelSpec:
 class PoolSpec:
     """One pool of equal workers.
 
-    accelerator      `cpu`, or the name of a GPU in the hardware catalogue
+    accelerator      `cpu`, `cuda` for any NVIDIA GPU, or the name of a GPU in the hardware catalogue
     max_step_tokens  token budget of a step (chunked prefill)
     max_num_seqs     sequences in one step at most
-    kv_memory_bytes  size of the KV pool per rank
+    kv_memory_bytes  size of the KV pool per rank; 0, on a GPU only: whatever is left of the worker's share of its memory
+    gpu_memory_fraction  share of one GPU's memory that a rank may fill, everything counted: workers may share a GPU whose
+                     shares add up to at most 1. None: a GPU of its own, of which it fills GPU_MEMORY_FRACTION
     threads          torch threads of one rank on CPU
     step_delay       seconds added to every step; for tests and demonstrations of slow hardware
     """
@@ -48,7 +53,7 @@ class PoolSpec:
     replicas: int = 1
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
-    accelerator: str = "cpu"
+    accelerator: str = CPU
     max_step_tokens: int = 2048
     max_num_seqs: int = 64
     block_size: int = 32
@@ -57,11 +62,26 @@ class PoolSpec:
     prefix_cache: bool = True
     ordering: str = "fcfs"
     step_delay: float = 0.0
+    gpu_memory_fraction: float | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.accelerator != CPU
+
+    @property
+    def gpu_share(self) -> float:
+        """How much of one GPU a rank takes away from others; 0 on the CPU."""
+        return (self.gpu_memory_fraction or 1.0) if self.on_gpu else 0.0
+
+    @property
+    def gpu_memory_limit(self) -> float:
+        """The share of its GPU's memory that a rank may fill; 0 on the CPU."""
+        return (self.gpu_memory_fraction or GPU_MEMORY_FRACTION) if self.on_gpu else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class KvTransferSpec:
-    """transport is `auto` (shm on one host, else grpc) or the name of one. lease in seconds."""
+    """transport is `auto` (the best that reaches a peer) or the name of one. lease in seconds."""
 
     transport: str = "auto"
     lease: float = 3.0
@@ -124,6 +144,7 @@ class WorkerConfig:
     controller    host:port of the controller it registers with
     bind_host     address its servers listen on (and announce)
     orphan_grace  seconds it goes on serving without a controller before it ends itself
+    gpu           number of its GPU among those that its process sees
     """
 
     worker_id: str
@@ -134,6 +155,7 @@ class WorkerConfig:
     controller: str
     bind_host: str = "127.0.0.1"
     orphan_grace: float = 60.0
+    gpu: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from ..core.errors import ModelError, TopologyError
 from ..core.kv import KVLayout
 from ..core.topology import PoolSpec, Topology
 from ..engine.model_config import ModelConfig, load_config  # the one module of the engine that needs no torch
+from .gpus import local_gpus, num_gpus
 from .ports import why_taken
 from .schema import split_host_port
 from .settings import TopologyFile
@@ -29,15 +30,17 @@ def check_topology(file: TopologyFile) -> None:
     if topology.launcher != "ray" or topology.ray_address is None:  # elsewhere, this host's memory and ports say nothing
         problems += _port_problems(topology, marks)
         problems += _memory_problems(topology, marks, _weight_bytes(topology))
+        problems += _gpu_problems(topology, marks, _weight_bytes(topology))
     if problems:
         raise TopologyError("\n".join(problems))
 
 
 def _unsupported(topology: Topology, marks: Marks) -> list[str]:
     return [
-        f"{marks.at(('pools', pool.role.value, 'accelerator'))}: {pool.accelerator!r} is not supported yet; use cpu"
+        f"{marks.at(('pools', pool.role.value, 'gpu_memory_fraction'))}: {pool.gpu_memory_fraction:g} says nothing of a pool on "
+        "the CPU; set accelerator to cuda, or leave it out"
         for pool in topology.pools
-        if pool.accelerator != "cpu"
+        if pool.gpu_memory_fraction is not None and not pool.on_gpu
     ] + [
         f"{marks.at(('pools', pool.role.value, key))}: {degree} is not supported yet; use 1, and more replicas instead"
         for pool in topology.pools
@@ -83,7 +86,7 @@ def _size_problems(topology: Topology, marks: Marks, model: ModelConfig) -> list
     for pool in topology.pools:
         layout = KVLayout(model.num_layers, model.num_kv_heads, model.head_dim, pool.block_size, topology.model.dtype)
         num_needed = layout.num_blocks_for(limit) + 1
-        if pool.kv_memory_bytes // layout.block_bytes < num_needed:
+        if pool.kv_memory_bytes and pool.kv_memory_bytes // layout.block_bytes < num_needed:
             problems.append(
                 f"{marks.at(('pools', pool.role.value, 'kv_memory'))}: {_size(pool.kv_memory_bytes)} is too small; one sequence "
                 f"of {limit} tokens takes {num_needed} blocks of {_size(layout.block_bytes)}: at least "
@@ -105,12 +108,43 @@ def _port_problems(topology: Topology, marks: Marks) -> list[str]:
 
 
 def _memory_problems(topology: Topology, marks: Marks, weight_bytes: int) -> list[str]:
-    needs = {pool.role.value: _memory(pool, weight_bytes) for pool in topology.pools if pool.accelerator == "cpu"}
+    needs = {pool.role.value: _memory(pool, weight_bytes) for pool in topology.pools if not pool.on_gpu}
     total, available = sum(needs.values()), psutil.virtual_memory().available
     if total <= available:
         return []
     parts = ", ".join(f"{role} {_size(amount)}" for role, amount in needs.items())
     return [f"{marks.at(('pools',))}: these pools need {_size(total)} ({parts}) and this machine has {_size(available)} free"]
+
+
+def _gpu_problems(topology: Topology, marks: Marks, weight_bytes: int) -> list[str]:
+    """Whether this machine has the GPUs, and whether weights and KV pool fit into each worker's share of one."""
+    pools = [pool for pool in topology.pools if pool.on_gpu]
+    if not pools:
+        return []
+    gpus = local_gpus()
+    if not gpus:
+        return [
+            f"{marks.at(('pools', pool.role.value, 'accelerator'))}: {pool.accelerator!r} asks for a GPU, and nvidia-smi finds "
+            "none on this machine; use cpu, or start the cluster where the GPUs are"
+            for pool in pools
+        ]
+    problems = []
+    needed = num_gpus(pools)
+    if needed > len(gpus):
+        problems.append(
+            f"{marks.at(('pools',))}: these workers need {needed} GPUs and this machine has {len(gpus)}; use fewer replicas, or "
+            "a gpu_memory_fraction in each pool: workers share a GPU whose fractions add up to at most 1"
+        )
+    smallest = min(gpus, key=lambda gpu: gpu.total_bytes)
+    for pool in pools:
+        if weight_bytes + pool.kv_memory_bytes > pool.gpu_memory_limit * smallest.total_bytes:
+            share = f"{pool.gpu_memory_limit:g} of the {_size(smallest.total_bytes)} of {smallest.name}"
+            problems.append(
+                f"{marks.at(('pools', pool.role.value))}: weights of {_size(weight_bytes)} and a KV pool of "
+                f"{_size(pool.kv_memory_bytes)} do not fit into {share}; set a smaller kv_memory, or leave it out "
+                "to use what is left"
+            )
+    return problems
 
 
 def _memory(pool: PoolSpec, weight_bytes: int) -> int:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from ..core.topology import PoolSpec, RouterConfig, Topology, WorkerConfig
+from ..core.topology import RouterConfig, Topology, WorkerConfig
 from ..core.view import Role
+from .gpus import assign_gpus
 from .launcher import MemberSpec
 from .schema import split_host_port
 
@@ -26,9 +27,15 @@ _ROUTER_CONFIG = TypeAdapter(RouterConfig)
 def member_specs(topology: Topology, controller: str, logs: Path) -> tuple[MemberSpec, ...]:
     """One spec per worker of every pool and one per router. `controller` is host:port; `logs` a folder."""
     specs: list[MemberSpec] = []
+    # Ray shows every worker the GPU that it gave it and no other: there the number is always 0.
+    gpus = None if topology.launcher == "ray" else assign_gpus(topology.pools)
     for pool in topology.pools:
         for index in range(pool.replicas):
-            specs.append(_worker_spec(topology, pool, f"{pool.role}-{index}", controller, logs, bundle=len(specs)))
+            gpu = 0 if gpus is None else gpus[len(specs)]
+            config = WorkerConfig(
+                f"{pool.role}-{index}", topology.cluster, topology.model, pool, topology.kv_transfer, controller, gpu=gpu
+            )
+            specs.append(_worker_spec(config, logs, bundle=len(specs)))
     specs += [_router_spec(topology, index, controller, logs) for index in range(topology.router.replicas)]
     return tuple(specs)
 
@@ -41,18 +48,17 @@ def pin_router_ports(config_json: str, grpc: str, http: str) -> str:
     return _ROUTER_CONFIG.dump_json(replace(config, topology=replace(config.topology, router=router))).decode()
 
 
-def _worker_spec(topology: Topology, pool: PoolSpec, worker_id: str, controller: str, logs: Path, bundle: int) -> MemberSpec:
-    config = WorkerConfig(worker_id, topology.cluster, topology.model, pool, topology.kv_transfer, controller)
-    on_cpu = pool.accelerator == "cpu"
+def _worker_spec(config: WorkerConfig, logs: Path, bundle: int) -> MemberSpec:
+    pool = config.pool
     return MemberSpec(
-        member_id=worker_id,
-        cluster=topology.cluster,
+        member_id=config.worker_id,
+        cluster=config.cluster,
         role=pool.role.value,
         module=ENTRY_POINTS[pool.role],
         config_json=_WORKER_CONFIG.dump_json(config).decode(),
-        log_path=str(logs / f"{worker_id}.log"),
-        num_cpus=float(pool.threads) if on_cpu else 1.0,
-        num_gpus=0.0 if on_cpu else 1.0,
+        log_path=str(logs / f"{config.worker_id}.log"),
+        num_cpus=1.0 if pool.on_gpu else float(pool.threads),
+        num_gpus=pool.gpu_share,
         bundle=bundle,
     )
 

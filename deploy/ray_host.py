@@ -152,8 +152,8 @@ async def wait_gone(pid: int) -> None:
 
 
 def _start_ray(topology: Topology, folder: str) -> None:
-    on_cpu = all(pool.accelerator == "cpu" for pool in topology.pools)
-    num_cpus = sum(pool.replicas * (pool.threads if pool.accelerator == "cpu" else 1) for pool in topology.pools)
+    on_cpu = not any(pool.on_gpu for pool in topology.pools)
+    num_cpus = sum(pool.replicas * (1 if pool.on_gpu else pool.threads) for pool in topology.pools)
     # Ray replaces the SIGTERM handler; and must start in a thread that lives on, since its processes die with it.
     handler = signal.getsignal(signal.SIGTERM)
     try:

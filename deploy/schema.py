@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from ..core.topology import CPU
 from ..kv_transfer.registry import TRANSPORTS
 from ..policy.admission import ADMISSION
 from ..policy.ordering import ORDERING
@@ -19,11 +20,12 @@ _UNITS = {"": 1, "B": 1} | {
     prefix + suffix: base**power for suffix, base in (("iB", 1024), ("B", 1000)) for power, prefix in enumerate("KMGT", start=1)
 }
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?")
+_ACCELERATORS = "cpu, cuda (any NVIDIA GPU) or the name of a GPU such as H100"
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _PLACEMENTS = ("pack", "strict_pack", "spread", "strict_spread")
 _LAUNCHERS = ("ray", "subprocess")
 _DTYPES = ("float32", "bfloat16", "float16")
-_KERNELS = ("auto", "native", "cpu", "reference")
+_KERNELS = ("auto", "native", "cpu", "triton", "reference")
 
 
 def _one_of(names: tuple[str, ...]) -> AfterValidator:
@@ -110,11 +112,14 @@ class PoolSection(_Section):
     replicas: _Degree = 1
     tensor_parallel: _Degree = 1
     pipeline_parallel: _Degree = 1
-    accelerator: _Text = "cpu"
+    accelerator: Annotated[str, Field(min_length=1, description=_ACCELERATORS)] = CPU
     max_step_tokens: _Count = 2048
     max_num_seqs: _Count = 64
     block_size: Annotated[int, Field(ge=1, le=1024, description="a whole number from 1 to 1024")] = 32
-    kv_memory: _Size = 256 << 20
+    kv_memory: _Size | None = Field(default=None, description='a size of at least 4KiB, such as 268435456, "256MiB" or "60GiB"')
+    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="a share of one GPU's memory, above 0 and at most 1"
+    )
     threads: _Degree = 1
     prefix_cache: _Switch = True
     ordering: Annotated[str, _one_of(_ORDERING), Field(description=_said(_ORDERING))] = "fcfs"

@@ -17,11 +17,12 @@ from pydantic_core import ErrorDetails
 
 from ..core.errors import TopologyError
 from ..core.slo import Slo
-from ..core.topology import KvTransferSpec, ModelSpec, PoolSpec, RouterSpec, Topology
+from ..core.topology import CPU, KvTransferSpec, ModelSpec, PoolSpec, RouterSpec, Topology
 from ..core.view import Role
 from .schema import PoolSection, TopologySection, label
 from .yaml_marks import Document, KeyPath, Marks, YamlValue, read_document, write_document
 
+KV_MEMORY_ON_CPU = 256 << 20  # bytes, of a pool that names no size
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -162,11 +163,14 @@ def _to_topology(section: TopologySection, folder: Path) -> Topology:
 
 def _to_pool(role: Role, section: PoolSection) -> PoolSpec:
     fields = section.model_dump()
-    return PoolSpec(role=role, kv_memory_bytes=fields.pop("kv_memory"), **fields)
+    kv_memory = fields.pop("kv_memory")
+    if kv_memory is None:
+        kv_memory = KV_MEMORY_ON_CPU if section.accelerator == CPU else 0
+    return PoolSpec(role=role, kv_memory_bytes=kv_memory, **fields)
 
 
 def _dump_pool(pool: PoolSpec) -> dict[str, YamlValue]:
-    return {
+    fields: dict[str, YamlValue] = {
         "replicas": pool.replicas,
         "tensor_parallel": pool.tensor_parallel,
         "pipeline_parallel": pool.pipeline_parallel,
@@ -174,12 +178,16 @@ def _dump_pool(pool: PoolSpec) -> dict[str, YamlValue]:
         "max_step_tokens": pool.max_step_tokens,
         "max_num_seqs": pool.max_num_seqs,
         "block_size": pool.block_size,
-        "kv_memory": _dump_size(pool.kv_memory_bytes),
         "threads": pool.threads,
         "prefix_cache": pool.prefix_cache,
         "ordering": pool.ordering,
         "step_delay": pool.step_delay,
     }
+    if pool.kv_memory_bytes:
+        fields["kv_memory"] = _dump_size(pool.kv_memory_bytes)
+    if pool.gpu_memory_fraction is not None:
+        fields["gpu_memory_fraction"] = pool.gpu_memory_fraction
+    return fields
 
 
 def _dump_router(router: RouterSpec) -> dict[str, YamlValue]:

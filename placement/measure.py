@@ -28,6 +28,7 @@ from ..engine.loop import EngineLoop
 from ..engine.model_config import load_config
 from ..engine.model_folder import resolve_model
 from ..engine.timing import StepTimes
+from ..kv_transfer.pool import PoolMemory
 from ..worker.build import Engine, build_engine
 from .fit import Measurement, fit_cost, residuals
 from .model_shape import ModelShape, shape_of_config
@@ -194,6 +195,7 @@ def _worker(spec: MeasureSpec, shape: ModelShape, longest: int) -> WorkerConfig:
 
 def _fill_cache(engine: Engine) -> None:
     """Keys and values of ordinary size in every block: zeros could be cheaper to attend to."""
+    assert isinstance(engine.memory, PoolMemory)  # `_worker` asks for one on the CPU
     kv = kv_tensor(engine.memory.buffer, engine.layout, engine.blocks.num_blocks)
     kv[:] = torch.randn(kv.shape[1:], generator=torch.Generator().manual_seed(0)).to(kv.dtype)
 

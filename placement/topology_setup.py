@@ -104,7 +104,12 @@ def device_of(pool: PoolSpec) -> Accelerator:
 
 
 def blocks_of(topology: Topology, pool: PoolSpec, shape: ModelShape) -> int:
-    """KV blocks of every rank of one worker."""
+    """KV blocks of every rank of one worker; where the topology leaves their number to the worker, what its GPU has room for."""
+    if not pool.kv_memory_bytes:
+        degrees = pool.tensor_parallel, pool.pipeline_parallel
+        return int(
+            kv_capacity(shape, device_of(pool), *degrees, topology.model.dtype, share=pool.gpu_memory_limit) // pool.block_size
+        )
     per_token = shape.rank_kv_bytes_per_token(pool.tensor_parallel, pool.pipeline_parallel, topology.model.dtype)
     return int(pool.kv_memory_bytes // (per_token * pool.block_size))
 

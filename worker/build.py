@@ -5,38 +5,45 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from ..core.errors import ModelError
 from ..core.kv import KVLayout
 from ..core.topology import WorkerConfig
 from ..core.view import Role
 from ..engine.blocks import BlockPool
 from ..engine.cache import kv_layout, kv_tensor
 from ..engine.executor import TorchExecutor
+from ..engine.gpu.executor import DeviceExecutor
+from ..engine.gpu.memory import blocks_in
 from ..engine.grammar import Grammars
 from ..engine.loader import load_config, load_model, resolve_model
 from ..engine.parallel import ParallelContext
 from ..engine.scheduler import Scheduler, SchedulerConfig
 from ..engine.timing import StepTimes
-from ..kv_transfer.pool import PoolMemory
+from ..kv_transfer.pool import KvMemory, PoolMemory
 from ..policy.ordering import ORDERING
+from .gpu import Placed, open_gpu, place_on_gpu
 
 logger = logging.getLogger("baton.worker")
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """Everything of a worker that is not a socket."""
+    """Everything of a worker that is not a socket.
+
+    handle  what processes of this host open the pool by when it is on a GPU
+    """
 
     layout: KVLayout
-    memory: PoolMemory
+    memory: KvMemory
     blocks: BlockPool
     scheduler: Scheduler
-    executor: TorchExecutor
+    executor: TorchExecutor | DeviceExecutor
     times: StepTimes
     grammars: Grammars
+    handle: bytes = b""
 
     def close(self) -> None:
         self.executor.close()
@@ -47,27 +54,19 @@ class Engine:
 def build_engine(config: WorkerConfig) -> Engine:
     """Load the model, make and pre-fault the KV pool, warm up.
 
-    Raises ModelError when the model cannot be loaded or its KV pool is too small for one sequence.
+    Raises ModelError when the model cannot be loaded, its KV pool is too small for one sequence, or its GPU is not there.
     """
     torch.set_num_threads(config.pool.threads)  # also for loading; the executor sets its own thread's
     started = time.monotonic()
+    device = open_gpu(config) if config.pool.on_gpu else None
     path = resolve_model(config.model.path, config.model.revision)
     model_config = load_config(path)
-    parallel = ParallelContext()
-    layout = kv_layout(model_config, config.pool.block_size, config.model.dtype, parallel)
-    num_blocks = config.pool.kv_memory_bytes // layout.block_bytes
+    layout = kv_layout(model_config, config.pool.block_size, config.model.dtype)
     limit = config.model.max_model_len or model_config.max_position_embeddings
-    if num_blocks < layout.num_blocks_for(limit) + 1:
-        need = (layout.num_blocks_for(limit) + 1) * layout.block_bytes
-        raise ModelError(
-            f"pools.{config.pool.role}.kv_memory: {config.pool.kv_memory_bytes} bytes hold {num_blocks} blocks of "
-            f"{layout.block_bytes} bytes; one sequence of {limit} tokens needs at least {need} bytes"
-        )
-    spec = config.model
-    kernels = spec.kernels, config.pool.threads, spec.deterministic
-    model = load_model(path, spec.dtype, parallel, spec.max_model_len, *kernels)
-    memory = PoolMemory.shared(num_blocks * layout.block_bytes)
-    blocks = BlockPool(num_blocks, config.pool.block_size, config.pool.prefix_cache)
+    grammars = Grammars(path, model_config.vocab_size, model_config.eos_token_ids)
+    parts = config, path, layout, limit, grammars
+    placed = _place_on_cpu(*parts) if device is None else place_on_gpu(*parts, device)
+    blocks = BlockPool(placed.num_blocks, config.pool.block_size, config.pool.prefix_cache)
     scheduler = Scheduler(
         blocks,
         SchedulerConfig(
@@ -79,11 +78,19 @@ def build_engine(config: WorkerConfig) -> Engine:
         ),
         ORDERING[config.pool.ordering],
     )
-    grammars = Grammars(path, model_config.vocab_size, model_config.eos_token_ids)
-    kv = kv_tensor(memory.buffer, layout, num_blocks)
-    executor = TorchExecutor(model, kv, layout, config.pool.threads, config.pool.step_delay, grammars)
     times = StepTimes()
-    for plan, seconds in executor.warm_up(min(config.pool.max_step_tokens, limit)):
+    for plan, seconds in placed.executor.warm_up(min(config.pool.max_step_tokens, limit)):
         times.observe(plan, seconds)
-    logger.info("engine ready: %d blocks of %d tokens, %.1f s", num_blocks, config.pool.block_size, time.monotonic() - started)
-    return Engine(layout, memory, blocks, scheduler, executor, times, grammars)
+    num_blocks, seconds = placed.num_blocks, time.monotonic() - started
+    logger.info("engine ready: %d blocks of %d tokens, %.1f s", num_blocks, config.pool.block_size, seconds)
+    return Engine(layout, placed.memory, blocks, scheduler, placed.executor, times, grammars, placed.handle)
+
+
+def _place_on_cpu(config: WorkerConfig, path: Path, layout: KVLayout, limit: int, grammars: Grammars) -> Placed:
+    spec, pool = config.model, config.pool
+    num_blocks = blocks_in(pool.kv_memory_bytes, layout, limit, f"pools.{pool.role}.kv_memory")
+    kernels = spec.kernels, pool.threads, spec.deterministic
+    model = load_model(path, spec.dtype, ParallelContext(), spec.max_model_len, *kernels)
+    memory = PoolMemory.shared(num_blocks * layout.block_bytes)
+    kv = kv_tensor(memory.buffer, layout, num_blocks)
+    return Placed(memory, num_blocks, TorchExecutor(model, kv, layout, pool.threads, pool.step_delay, grammars))

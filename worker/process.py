@@ -58,7 +58,8 @@ async def serve_worker(config: WorkerConfig, make_member: MakeMember) -> None:
     server = grpc.aio.server(options=CHANNEL_OPTIONS)
     port = server.add_insecure_port(f"{config.bind_host}:0")
     address = f"{config.bind_host}:{port}"
-    endpoint = Endpoint(ref, address, host_identity(), engine.memory.path, engine.blocks.num_blocks, engine.layout)
+    places = engine.memory.path, engine.blocks.num_blocks, engine.layout, engine.handle
+    endpoint = Endpoint(ref, address, host_identity(), *places)
     member = make_member(config, engine, endpoint, sessions, clock)
     registration = pb.Registration(
         worker=worker_to(ref), role=config.pool.role, address=address, pid=os.getpid(), host=host_identity()

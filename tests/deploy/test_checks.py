@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from baton.core.errors import TopologyError
+from baton.deploy import checks
 from baton.deploy.checks import check_topology
+from baton.deploy.gpus import Gpu
 from baton.deploy.settings import TopologyFile, read_topology_file
 
 CONFIG = {
@@ -72,6 +74,46 @@ def test_kv_memory_must_hold_one_sequence(make):
         "at least 136 KiB, or a smaller model.max_model_len"
     ]
     check_topology(make("  max_model_len: 128\n", f"    kv_memory: {9 * 8192}\n"))
+
+
+GPU_POOL = "    accelerator: H200\n"
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "local_gpus", lambda: (Gpu("NVIDIA H200", 141 << 30, 140 << 30),))
+
+
+def test_a_gpu_must_be_there(make, monkeypatch):
+    monkeypatch.setattr(checks, "local_gpus", lambda: ())
+    assert _problems(make(pool=GPU_POOL)) == [
+        "t.yaml:8: pools.mixed.accelerator: 'H200' asks for a GPU, and nvidia-smi finds none on this machine; use cpu, or "
+        "start the cluster where the GPUs are"
+    ]
+
+
+def test_workers_must_fit_the_gpus(make, one_gpu):
+    check_topology(make(pool=GPU_POOL))  # the size of its KV pool is left to the worker
+    check_topology(make(pool=GPU_POOL + "    replicas: 2\n    gpu_memory_fraction: 0.5\n"))
+    assert _problems(make(pool=GPU_POOL + "    replicas: 3\n    gpu_memory_fraction: 0.5\n")) == [
+        "t.yaml:5: pools: these workers need 2 GPUs and this machine has 1; use fewer replicas, or a gpu_memory_fraction in "
+        "each pool: workers share a GPU whose fractions add up to at most 1"
+    ]
+
+
+def test_weights_and_kv_memory_must_fit_a_workers_share(make, one_gpu):
+    check_topology(make(pool=GPU_POOL + "    kv_memory: 126GiB\n"))
+    assert _problems(make(pool=GPU_POOL + "    kv_memory: 127GiB\n")) == [
+        "t.yaml:6: pools.mixed: weights of 100 bytes and a KV pool of 127 GiB do not fit into 0.9 of the 141 GiB of NVIDIA H200; "
+        "set a smaller kv_memory, or leave it out to use what is left"
+    ]
+
+
+def test_a_gpu_fraction_on_the_cpu_is_refused(make):
+    assert _problems(make(pool="    gpu_memory_fraction: 0.5\n")) == [
+        "t.yaml:8: pools.mixed.gpu_memory_fraction: 0.5 says nothing of a pool on the CPU; "
+        "set accelerator to cuda, or leave it out"
+    ]
 
 
 def test_longer_than_the_model_is_refused(make):

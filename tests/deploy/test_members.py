@@ -38,6 +38,17 @@ def test_each_is_told_its_own_part():
     assert TypeAdapter(RouterConfig).validate_json(specs[4].config_json) == RouterConfig("router-0", TOPOLOGY, "127.0.0.1:5")
 
 
+def test_workers_that_share_a_gpu_are_told_its_number_or_ask_ray_for_a_part_of_one():
+    pools = (
+        PoolSpec(Role.PREFILL, accelerator="cuda", gpu_memory_fraction=0.4),
+        PoolSpec(Role.DECODE, replicas=2, accelerator="cuda", gpu_memory_fraction=0.6),
+    )
+    for launcher, numbers in (("subprocess", [0, 0, 1]), ("ray", [0, 0, 0])):
+        specs = member_specs(replace(TOPOLOGY, pools=pools, launcher=launcher), "127.0.0.1:5", Path("/logs"))[:3]
+        assert [spec.num_gpus for spec in specs] == [0.4, 0.6, 0.6]
+        assert [TypeAdapter(WorkerConfig).validate_json(spec.config_json).gpu for spec in specs] == numbers
+
+
 def test_several_routers_share_everything_but_their_draws_and_tapes():
     router = replace(TOPOLOGY.router, grpc="0.0.0.0:8900", replicas=3, seed=2**63 - 2, tape="/tapes/chat")
     specs = member_specs(replace(TOPOLOGY, router=router), "127.0.0.1:5", Path("/logs"))[4:]

@@ -198,6 +198,7 @@ def _pools(role: Role) -> st.SearchStrategy[PoolSpec]:
         prefix_cache=st.booleans(),
         ordering=st.sampled_from(sorted(ORDERING)),
         step_delay=st.floats(0, 10),
+        gpu_memory_fraction=st.none() | st.floats(0.01, 1),
     )
 
 

@@ -11,6 +11,7 @@ from baton.core.slo import Slo
 from baton.core.topology import KvTransferSpec, ModelSpec, PoolSpec, RouterSpec, Topology
 from baton.core.view import Role
 from baton.placement.cluster import Fabric
+from baton.placement.hardware import find_accelerator
 from baton.placement.model_shape import MODELS, ModelShape
 from baton.placement.profile import MeasuredCost, Profile
 from baton.placement.roofline import RooflineCost
@@ -78,6 +79,15 @@ def test_blocks_are_those_that_a_worker_makes_of_its_memory() -> None:
     split = gpu(Role.MIXED, tensor_parallel=4, pipeline_parallel=2)
     whole = gpu(Role.MIXED)
     assert blocks_of(on_gpus(split), split, LLAMA) == 8 * blocks_of(on_gpus(whole), whole, LLAMA)
+
+
+def test_blocks_are_what_a_gpu_has_room_for_where_the_topology_names_no_size() -> None:
+    alone, shared = (gpu(Role.MIXED, kv_memory_bytes=0, gpu_memory_fraction=share) for share in (None, 0.45))
+    per_block = LLAMA.rank_kv_bytes_per_token(1, 1, "bfloat16") * alone.block_size
+    taken = blocks_of(on_gpus(alone), alone, LLAMA) * per_block, blocks_of(on_gpus(shared), shared, LLAMA) * per_block
+    memory = find_accelerator("H100").memory_bytes
+    assert taken[0] - taken[1] == pytest.approx(0.45 * memory, rel=0.01)
+    assert taken[0] < 0.9 * memory - LLAMA.rank_weight_bytes(1, 1, "bfloat16")
 
 
 def test_measured_costs_are_used_where_there_are_some() -> None:
