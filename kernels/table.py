@@ -71,9 +71,7 @@ KERNELS: dict[str, Kernels] = {
         reference.add_rms_norm,
         reference.argmax,
         reference.draw,
-        step=StepKernels(
-            partial(step_twin.TwinAttention, reference.ReferenceAttention), partial(step_twin.sample, reference.draw)
-        ),
+        step=_twin(reference.ReferenceAttention, reference.draw),
     ),
     "cpu": Kernels(
         cpu.CpuAttention,
