@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,14 +89,14 @@ KERNELS: dict[str, Kernels] = {
 def make_kernels(name: str, threads: int = 1, deterministic: bool = False) -> Kernels:
     """The kernels of a backend by name, for an executor of `threads` threads.
 
-    name           of a row in `KERNELS`, "native", or "auto": native where it can be had, else cpu
+    name           of a row in `KERNELS`, "triton" (a GPU's), "native", or "auto": native where it can be had, else cpu
     deterministic  a token's result must not depend on the rows beside it, nor on whether it was prefilled or decoded
     Raises Unavailable when the backend cannot be had here.
     """
     if name not in ("auto", "native"):
         if deterministic and name != "reference":
             raise Unavailable(f"kernels {name!r} are not deterministic: their sums depend on the batch; use native")
-        return KERNELS[name]
+        return _triton() if name == "triton" else KERNELS[name]
     try:
         library = native.NativeLibrary(threads, deterministic)
     except Unavailable as error:
@@ -112,3 +113,13 @@ def make_kernels(name: str, threads: int = 1, deterministic: bool = False) -> Ke
         library.draw,
         library.stack,
     )
+
+
+def _triton() -> Kernels:
+    """Imported when asked for: Triton is an extra, and takes a while to import."""
+    try:
+        backend = importlib.import_module(".triton.backend", __package__)
+    except ImportError as error:
+        raise Unavailable(f"Triton cannot be imported: {error}; install the extra `gpu`") from error
+    made: Kernels = backend.kernels()
+    return made

@@ -24,7 +24,7 @@ from baton.engine.loader import load_model
 from baton.engine.model.interface import CausalModel
 from baton.engine.random_model import Shape, make_model
 from baton.engine.scheduler import Scheduler, SchedulerConfig
-from baton.kernels.device import Device, HostDevice
+from baton.kernels.device import CudaDevice, Device, HostDevice
 from baton.policy.ordering import ORDERING
 from baton.tests.engine.lagging_device import LaggingDevice
 from torch import Tensor
@@ -173,6 +173,24 @@ def test_tokens_are_those_of_the_plain_executor(model: CausalModel, specs: list[
 def test_the_host_as_a_device_makes_them_too(model: CausalModel) -> None:
     oracle, tested = plain(model), on_device(model, HostDevice())
     assert serve(tested, PLAIN, 2).tokens == serve(oracle, PLAIN, 1).tokens
+    oracle.close()
+    tested.close()
+
+
+def test_kernels_of_the_gpu_make_them_too(folder: Path, model: CausalModel) -> None:
+    """Interpreted where there is no GPU; on one, the real graphs."""
+    pytest.importorskip("triton")
+    there = torch.cuda.is_available()
+    device: Device = CudaDevice() if there else LaggingDevice()
+    compiled = load_model(folder, "float32", kernels="triton", device=device.torch_device)
+    layout = kv_layout(model.config, BLOCK, "float32")
+    kv = make_kv(model).to(device.torch_device)
+    tested = DeviceExecutor(compiled, kv, layout, device, SEATS)
+    oracle = plain(model)
+    tested.warm_up(24)
+    few = [replace(each, sampling=replace(each.sampling, max_tokens=4)) for each in (*PLAIN[:4], ASKING[0], ASKING[2])]
+    few = [replace(each, attempt=Attempt(str(i), 1)) for i, each in enumerate(few)]
+    assert serve(tested, few, 2, every=1).tokens == serve(oracle, few, 1, every=1).tokens
     oracle.close()
     tested.close()
 
