@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..observability.svg import WIDE, Plot, Scale, fitting_scale
 from .explain import Explanation
 from .problem import SearchResult, Verdict
+from .trial import Observation
 
 COLOURS = ("c0", "c1", "c2", "c3")
 """Classes of the page, one per family."""
@@ -33,6 +34,8 @@ def figures(result: SearchResult, explanation: Explanation) -> list[Figure]:
         points = [(latency, verdict) for verdict in observed if (latency := p90(verdict, name)) is not None]
         if points:
             found.append(_pareto(result, name, objective, points, families))
+    if result.best is not None and result.best.observation is not None and result.best.observation.shown:
+        found.append(_timeline(result.best, result.best.observation))
     return found
 
 
@@ -78,6 +81,7 @@ def _pareto(
     score = result.problem.objective
     y = Scale(0.0, 1.12 * max(verdict.score for _, verdict in points))
     plot = Plot(x, y, f"P90 {name} at that goodput", score.unit)
+    plot.line([(latency * factor, verdict.score) for latency, verdict in _frontier(points)], "frontier")
     for latency, verdict in points:
         colour = families.get(verdict.placement.family, COLOURS[-1])
         tip = f"{verdict.placement.name}: {verdict.score:.3g} {score.unit}, P90 {name} {seconds(latency)}"
@@ -86,5 +90,40 @@ def _pareto(
     shown = {verdict.placement.family for _, verdict in points}
     legend = tuple((colour, family) for family, colour in families.items() if family in shown)
     return Figure(
-        f"{score.unit.capitalize()} against {name}", "Up and left is better.", plot.svg(f"score against {name}"), legend
+        f"{score.unit[:1].upper()}{score.unit[1:]} against {name}",
+        "Up and left is better; the line joins those that no other surpasses in both.",
+        plot.svg(f"score against {name}"),
+        legend,
     )
+
+
+def _frontier(points: Sequence[tuple[float, Verdict]]) -> list[tuple[float, Verdict]]:
+    """Those that no other surpasses in both latency and score, by latency."""
+    kept: list[tuple[float, Verdict]] = []
+    for latency, verdict in sorted(points, key=lambda point: (point[0], -point[1].score)):
+        if not kept or verdict.score > kept[-1][1].score:
+            kept.append((latency, verdict))
+    return kept
+
+
+_STAGES = (("waiting", "waiting"), ("c1", "prefill"), ("c3", "handoff"), ("c0", "decode"))
+"""Colour and name of each stage, in their order."""
+
+
+def _timeline(best: Verdict, observation: Observation) -> Figure:
+    """A row per request; times from the first arrival."""
+    shown, rows = observation.shown, len(observation.shown)
+    start, end = shown[0].arrival, max(each.end or each.arrival for each in shown)
+    x = Scale(0.0, max(end - start, 1e-6), unit=" s")
+    plot = Plot(x, Scale(0.0, float(rows)), "time since the first of them came", "requests", WIDE, y_ticks=False)
+    for row, outcome in enumerate(shown):
+        marks = (outcome.arrival, outcome.prefill_start, outcome.first_token, outcome.landed, outcome.end)
+        at = outcome.arrival
+        for (colour, stage), until in zip(_STAGES, marks[1:], strict=True):
+            if until is None or until <= at:
+                continue
+            tip = f"{outcome.prompt_tokens} tokens in, {outcome.output_tokens} out: {stage} {seconds(until - at)}"
+            plot.bar(at - start, until - start, rows - row - 0.9, rows - row - 0.1, colour, tip)
+            at = until
+    note = f"{rows} requests that came one after the other, at {observation.rate:.3g} requests/s on {best.placement.name}."
+    return Figure("Timeline of the best", note, plot.svg("timeline of requests"), _STAGES, wide=True)

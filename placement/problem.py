@@ -55,7 +55,7 @@ class SearchOptions:
     patience: int = 4
     slack: float = 0.2
     wave: int = 4
-    max_observed: int = 4
+    max_observed: int = 8
 
 
 class Status(StrEnum):

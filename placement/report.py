@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .deployment import Deployment, deployment_of
 from .explain import Explanation, binding, why_lost
 from .plots import figures, p90, seconds
 from .problem import NearSlo, Problem, SearchResult, Status, Verdict, score_interval
 
+_CLEARLY_MORE = 1.05
 NUM_ROWS = 8
 """Searched placements in a table; the best of each family comes whatever its place."""
 
@@ -50,7 +52,11 @@ def rows(result: SearchResult, limit: int = NUM_ROWS) -> list[Row]:
 
 def short_name(problem: Problem, verdict: Verdict) -> str:
     """Without the kind of device where there is but one."""
-    name, supplies = verdict.placement.name, problem.cluster.supplies
+    return _without_kind(problem, verdict.placement.name)
+
+
+def _without_kind(problem: Problem, name: str) -> str:
+    supplies = problem.cluster.supplies
     return name.replace(f"{supplies[0].accelerator.name} ", "") if len(supplies) == 1 else name
 
 
@@ -63,14 +69,24 @@ def summary_lines(result: SearchResult, explanation: Explanation) -> list[tuple[
         others = ", ".join(verdict.placement.name for verdict in result.ties[:3])
         more = f" and {len(result.ties) - 3} more" if len(result.ties) > 3 else ""
         lines.append(("ties", f"within the interval of the best: {others}{more}"))
-    clusters = f"{deployment.num_clusters} clusters, each " if deployment.num_clusters > 1 else ""
-    deploy = f"{clusters}{deployment.cluster_placement.name}: {deployment.num_devices} GPUs, {deployment.rate:.3g} requests/s"
+    deploy = f"{_clusters(deployment)}{deployment.cluster_placement.name}: {deployment.num_devices} GPUs"
+    deploy += f", {deployment.rate:.3g} requests/s"
     if not deployment.suffices:
         deploy += f" of the {deployment.wanted:.3g} that are wanted: the hardware given carries no more"
     lines.append(("deploy", deploy))
     if explanation.deployed_attainment:
         low, high = min(explanation.deployed_attainment), max(explanation.deployed_attainment)
         lines.append(("at that rate", f"{low:.1%} to {high:.1%} of the requests of the whole cluster meet the objectives"))
+    fuller = fullest(result, deployment)
+    if fuller is not None:
+        verdict, other = fuller
+        lines.append(
+            (
+                "more in all",
+                f"{_clusters(other)}{other.cluster_placement.name}: {other.num_devices} GPUs, {other.rate:.3g} requests/s, "
+                f"{1 - verdict.score / best.score:.0%} behind by {result.problem.objective.unit}",
+            )
+        )
     spare = ", ".join(f"{count} {name}" for name, count in deployment.spare if count)
     if spare:
         lines.append(("left over", spare))
@@ -78,6 +94,20 @@ def summary_lines(result: SearchResult, explanation: Explanation) -> list[tuple[
         lines.append(("link", str(explanation.link)))
     lines.append(("tried", tried(result)))
     return lines
+
+
+def _clusters(deployment: Deployment) -> str:
+    return f"{deployment.num_clusters} clusters, each " if deployment.num_clusters > 1 else ""
+
+
+def fullest(result: SearchResult, deployment: Deployment) -> tuple[Verdict, Deployment] | None:
+    """The searched placement that carries most on the whole hardware, when that is clearly more than the best one does there:
+    the best by unit of cost may leave devices idle. None when a rate was asked for, which the best one carries."""
+    if deployment.wanted is not None:
+        return None
+    others = [(verdict, deployment_of(result.problem, verdict)) for verdict in result.searched if verdict.score > 0]
+    verdict, other = max(others, key=lambda pair: pair[1].rate)
+    return (verdict, other) if other.rate > _CLEARLY_MORE * deployment.rate else None
 
 
 def tried(result: SearchResult) -> str:
@@ -185,4 +215,6 @@ def _heat(result: SearchResult) -> tuple[Sequence[str], Sequence[tuple[str, Sequ
     cells = {(cell.prefill, cell.decode): Heat(f"{cell.score:.3g}", cell.score / most, cell.status) for cell in result.cells}
     columns = list(dict.fromkeys(cell.decode for cell in result.cells))
     names = list(dict.fromkeys(cell.prefill for cell in result.cells))
-    return columns, [(name, [cells.get((name, column)) for column in columns]) for name in names]
+    problem = result.problem
+    rows = [(_without_kind(problem, f"{name} ").strip(), [cells.get((name, column)) for column in columns]) for name in names]
+    return [_without_kind(problem, f"{column} ").strip() for column in columns], rows

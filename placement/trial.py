@@ -25,6 +25,8 @@ from .demand import Demand
 from .goodput import Trial
 from .space import Affinity, Placement, PoolChoice
 
+NUM_SHOWN = 32
+"""Requests of a timeline."""
 _SKIPPED = 0.5  # of the requests that are in the cluster at the limit of the objectives: so many ends are not counted
 _SUPPLY = 3.0  # of them: so many requests come beside the counted ones at most
 
@@ -46,10 +48,14 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A whole trial: what became of the counted requests, and what all workers and links did meanwhile."""
+    """A whole trial: what became of the counted requests, and what all workers and links did meanwhile.
+
+    shown  a few requests that came one after the other while the cluster was full, in the order of their arrival
+    """
 
     rate: float
     report: SimulationReport
+    shown: tuple[RequestOutcome, ...] = ()
 
 
 def cluster_setup(placement: Placement, cluster: Cluster, slo: Slo, kv_bytes: float) -> ClusterSetup:
@@ -85,16 +91,20 @@ def try_rate(case: Case, rate: float, seed: int, *, complete: bool = False) -> T
 def observe(case: Case, rate: float, seed: int) -> Observation:
     """Simulate to the very end, and keep the figures of the counted."""
     tally = OutcomeTally(case.slo)
-    left = _num_skipped(case, rate)
+    left = begin = _num_skipped(case, rate)
+    shown: list[RequestOutcome] = []
 
     def count(outcome: RequestOutcome) -> None:
         nonlocal left
         left -= 1
+        if begin <= outcome.index < begin + NUM_SHOWN:
+            shown.append(outcome)
         if -case.num_requests <= left < 0:
             tally.add(outcome)
 
     result = simulate(replace(case.setup, seed=seed), _requests(case, rate, seed), sink=count)
-    return Observation(rate, make_report(case.setup, tally, result.duration, result.workers, result.links))
+    shown.sort(key=lambda outcome: outcome.index)
+    return Observation(rate, make_report(case.setup, tally, result.duration, result.workers, result.links), tuple(shown))
 
 
 class _CertainError(Exception):

@@ -15,9 +15,10 @@ from baton.placement.deployment import deployment_of, topology_of
 from baton.placement.executors import Inline
 from baton.placement.explain import Explanation, bytes_per_second, explain, find_switch, link_switch, why_lost
 from baton.placement.problem import Problem, SearchOptions, SearchResult, Status
-from baton.placement.report import nearest_text, plan_page, print_plan, rows, summary_lines
+from baton.placement.report import fullest, nearest_text, plan_page, print_plan, rows, summary_lines
 from baton.placement.search import search
 from baton.placement.space import Affinity, CostMaker, Price
+from baton.placement.trial import NUM_SHOWN
 from baton.simulator.cost import LinearCost
 from rich.console import Console
 
@@ -173,7 +174,14 @@ def test_the_page_stands_alone(apart: SearchResult, explained: Explanation) -> N
     page = _Page(text)
     assert page.links == []
     assert "script" not in page.tags
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 4
+    assert "Requests/s per GPU against TTFT" in text
+    best = apart.best
+    assert best is not None
+    assert best.observation is not None
+    assert len(best.observation.shown) == NUM_SHOWN
+    assert [each.arrival for each in best.observation.shown] == sorted(each.arrival for each in best.observation.shown)
+    assert text.count("decode ") >= NUM_SHOWN / 2  # a bar of each that decodes for some time
     assert "cluster: &lt;planned&gt;" in text
     for verdict in apart.searched[:3]:
         assert verdict.placement.name.replace("A100-80GB ", "") in text
@@ -190,6 +198,20 @@ def test_the_table(apart: SearchResult, explained: Explanation) -> None:
     assert f"best    {best.placement.name}"[:30].split()[0] in text
     assert [row.best for row in rows(apart)].count(True) == 1
     assert {"best", "binds", "deploy", "tried"} <= {name for name, _ in summary_lines(apart, explained)}
+
+
+def test_what_carries_more_in_all_is_named(apart: SearchResult, explained: Explanation) -> None:
+    """The best per GPU may leave GPUs idle."""
+    deployment = explained.deployment
+    fuller = fullest(apart, deployment)
+    most = max(deployment_of(apart.problem, verdict).rate for verdict in apart.searched)
+    assert (fuller is not None) is (most > 1.05 * deployment.rate)
+    small = replace(deployment, rate=most / 1.2)
+    found = fullest(apart, small)
+    assert found is not None
+    assert found[1].rate == most
+    assert "more in all" in dict(summary_lines(apart, replace(explained, deployment=small)))
+    assert fullest(apart, replace(small, wanted=1.0)) is None
 
 
 def test_nothing_to_explain(make_problem: MakeProblem, cost: CostMaker, options: SearchOptions) -> None:
