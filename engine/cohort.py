@@ -55,8 +55,8 @@ class Cohort:
         self._pool = pool
         self._token = token
         self._members: dict[SequenceState, _Member] = {}
-        self._reports: list[dict[SequenceState, None]] = [{} for _ in range(report_every)]  # by clock modulo its length
-        self._filled: list[dict[SequenceState, None]] = [{} for _ in range(pool.block_size)]  # whose blocks are full after it
+        self._reports = _Ring(report_every)
+        self._filled = _Ring(pool.block_size)  # whose blocks are full after a step
         self._growing = [0] * pool.block_size  # members whose blocks are full before it
         self._to_grow: dict[int, int] = {}  # by clock: members who will be among them from then on
         self._ends: list[tuple[int, int, _Member]] = []  # a heap; who left is left in it
@@ -74,6 +74,10 @@ class Cohort:
 
     def __iter__(self) -> Iterator[SequenceState]:
         return iter(self._members)
+
+    def num_output(self, sequence: SequenceState) -> int:
+        """Output tokens of a member, that of a step in flight among them."""
+        return self._members[sequence].offset + self.clock + 1 - len(sequence.spec.prompt)
 
     def may_precede(self, sequence: SequenceState) -> bool:
         """False when every member is older than `sequence` for certain."""
@@ -99,10 +103,12 @@ class Cohort:
         self.refresh(sequence)
         if member.grows_at < self.clock:
             self._growing[member.grows_at % len(self._growing)] -= 1
-        else:
+        elif self._to_grow[member.grows_at] > 1:
             self._to_grow[member.grows_at] -= 1
-        del self._reports[self._reported_at(member)][sequence]
-        del self._filled[-member.offset % len(self._filled)][sequence]
+        else:
+            del self._to_grow[member.grows_at]
+        self._reports.remove(self._reported_at(member), sequence)
+        self._filled.remove(-member.offset, sequence)
         del self._members[sequence]
         self.context -= sequence.num_planned
         if self.flight is not None:
@@ -145,8 +151,7 @@ class Cohort:
 
     def go_on(self, steps: int) -> None:
         """The step in flight is committed and planned again, `steps` times; nothing is due meanwhile but blocks."""
-        for _ in range(steps):
-            self._grow()
+        self._grow(steps)
         self._last_step += steps
 
     def steps_to_spare(self, most: int) -> int:
@@ -163,15 +168,19 @@ class Cohort:
                 return ahead
         return most
 
-    def next_due(self) -> int:
-        """Steps, that in flight the first of them, up to one that is the last of a member or is to be reported."""
-        while self._ends and self._members.get(self._ends[0][2].sequence) is not self._ends[0][2]:
+    def next_end(self) -> int:
+        """Steps, that in flight the first of them, up to one that is the last of a member."""
+        while self._members.get(self._ends[0][2].sequence) is not self._ends[0][2]:
             heapq.heappop(self._ends)
-        return min(self._ends[0][0] - self.clock, _next(self._reports, self.clock)) + 1
+        return self._ends[0][0] - self.clock + 1
+
+    def next_report(self, after: int = 0) -> int:
+        """The same, up to one whose token is to be reported; not among the first `after`."""
+        return after + self._reports.next(self.clock + after) + 1
 
     def next_filled(self) -> int:
         """The same, up to one that fills a block."""
-        return _next(self._filled, self.clock) + 1
+        return self._filled.next(self.clock) + 1
 
     def take_ended(self) -> list[SequenceState]:
         """Members whose last token the step in flight samples: they leave."""
@@ -183,13 +192,13 @@ class Cohort:
                 ended.append(member.sequence)
         return ended
 
-    def reported(self) -> Iterable[SequenceState]:
-        """Members whose token of the latest step is to be reported."""
-        return self._reports[self.clock % len(self._reports)]
+    def reported(self, ago: int = 0) -> Iterable[SequenceState]:
+        """Members whose token of the latest step, or of one some steps ago, is to be reported."""
+        return self._reports.at(self.clock - ago)
 
     def filled(self) -> Iterable[SequenceState]:
         """Members for whom the latest step fills a block."""
-        return self._filled[self.clock % len(self._filled)]
+        return self._filled.at(self.clock)
 
     # ---- inside ------------------------------------------------------------------------------------
 
@@ -199,26 +208,34 @@ class Cohort:
         self._members[sequence] = member
         self._youngest = sequence.age_key if self._youngest is None else max(self._youngest, sequence.age_key)
         self._to_grow[member.grows_at] = self._to_grow.get(member.grows_at, 0) + 1
-        self._reports[self._reported_at(member)][sequence] = None
-        self._filled[-offset % size][sequence] = None
+        self._reports.add(self._reported_at(member), sequence)
+        self._filled.add(-offset, sequence)
         self._num_joined += 1
         heapq.heappush(self._ends, (member.ends_at, self._num_joined, member))
         self.context += sequence.num_planned
 
-    def _grow(self) -> None:
-        place = self.clock % len(self._growing)
-        if self._to_grow:
-            self._growing[place] += self._to_grow.pop(self.clock, 0)
-        if needed := self._growing[place]:
+    def _grow(self, steps: int = 1) -> None:
+        """Blocks for the next steps, which are planned with them."""
+        clock, size = self.clock, len(self._growing)
+        rounds, rest = divmod(steps, size)
+        first = clock % size
+        needed = sum(self._growing[first : first + rest]) + sum(self._growing[: max(0, first + rest - size)])
+        if rounds:
+            needed += rounds * sum(self._growing)
+        for begin in [begin for begin in self._to_grow if begin < clock + steps] if self._to_grow else ():
+            members = self._to_grow.pop(begin)
+            self._growing[begin % size] += members
+            needed += members * (1 + (clock + steps - 1 - begin) // size)
+        if needed:
             blocks = self._pool.allocate(needed)
             if blocks is None:
                 raise InternalError(f"{len(self)} sequences cannot grow: {needed} blocks are needed, {self._pool.num_free} free")
             self._spare += blocks
-        self.clock += 1
-        self.context += len(self._members)
+        self.clock += steps
+        self.context += steps * len(self._members)
 
     def _reported_at(self, member: _Member) -> int:
-        return (len(member.sequence.spec.prompt) - 1 - member.offset) % len(self._reports)
+        return len(member.sequence.spec.prompt) - 1 - member.offset
 
     def _row(self, sequence: SequenceState) -> StepRow:
         """Its row in the step in flight."""
@@ -226,9 +243,30 @@ class Cohort:
         return StepRow(spec.attempt, start, (self._token,), sequence.blocks, spec.sampling, sequence.num_output, True)
 
 
-def _next(ring: list[dict[SequenceState, None]], clock: int) -> int:
-    """Steps from `clock` on to the next place of the ring where somebody is; its length when nobody is anywhere."""
-    for ahead in range(len(ring)):
-        if ring[(clock + ahead) % len(ring)]:
-            return ahead
-    return len(ring)
+class _Ring:
+    """Who is due at which clock, modulo a period."""
+
+    def __init__(self, period: int) -> None:
+        self._period = period
+        self._places: list[dict[SequenceState, None]] = [{} for _ in range(period)]
+        self._taken = 0  # a bit per place where somebody is
+
+    def at(self, clock: int) -> dict[SequenceState, None]:
+        return self._places[clock % self._period]
+
+    def add(self, clock: int, sequence: SequenceState) -> None:
+        place = clock % self._period
+        self._places[place][sequence] = None
+        self._taken |= 1 << place
+
+    def remove(self, clock: int, sequence: SequenceState) -> None:
+        place = clock % self._period
+        del self._places[place][sequence]
+        if not self._places[place]:
+            self._taken ^= 1 << place
+
+    def next(self, clock: int) -> int:
+        """Steps from `clock` on to the next at which somebody is due; the period when nobody is at any."""
+        place = clock % self._period
+        ahead = self._taken >> place | self._taken << (self._period - place)
+        return (ahead & -ahead).bit_length() - 1 if ahead else self._period

@@ -118,14 +118,14 @@ class CountingScheduler(Scheduler):
 
     def repeatable(self, plan: StepPlan) -> int:
         """How many steps in a row consist of this plan's rows, each one token further on, if no event comes: up to one that is
-        the last of a sequence or is to be reported. Asked before `plan` is committed. At least 1: the plan itself."""
+        the last of a sequence. Asked before `plan` is committed. At least 1: the plan itself."""
         if self._disturbed or plan.rows or len(self._uncommitted) != 1 or self._uncommitted[0].plan is not plan:
             return 1
         flight, _ = self._flights[plan.step]
         if flight is None or flight.left or not len(flight.cohort):
             return 1
         cohort, max_context = flight.cohort, self._config.max_context
-        repeats = cohort.next_due()
+        repeats = cohort.next_end()
         if max_context:
             if len(cohort) < self.num_running:
                 return 1  # others take their turn
@@ -149,7 +149,25 @@ class CountingScheduler(Scheduler):
         self._step += steps
         self._just_ended = {}
 
+    def next_report(self, plan: StepPlan, after: int) -> int:
+        """Steps, that of `plan` as it stands the first of them, up to the first beyond `after` of which a token is to be
+        reported."""
+        flight, _ = self._flights[plan.step]
+        return after + 1 if flight is None else flight.cohort.next_report(after)
+
+    def reports(self, plan: StepPlan, number: int) -> list[TokenEvent]:
+        """What is to be reported of step `number`, counted in the same way; one that was taken in already is 0 or below."""
+        flight, _ = self._flights[plan.step]
+        if flight is None:
+            return []
+        cohort = flight.cohort
+        sequences = sorted(cohort.reported(1 - number), key=_age)
+        return [self._report(each, cohort.num_output(each) + number - 1) for each in sequences]
+
     # ---- inside --------------------------------------------------------------------------------
+
+    def _report(self, sequence: SequenceState, num_output: int) -> TokenEvent:
+        return TokenEvent(sequence.spec.attempt, num_output - 1, self._counted.tokens)
 
     def _form(self, batch: Batch) -> StepPlan | None:
         num_preempted = self._phases.num_preempted
@@ -182,10 +200,11 @@ class CountingScheduler(Scheduler):
             if row is not None:
                 events += self._commit_row(sequence, row, answer)
                 continue
-            cohort.refresh(sequence)
-            self._committer.publish(sequence, sequence.num_computed)
-            if sequence.num_output % REPORT_EVERY == 0:
-                events.append(TokenEvent(sequence.attempt, sequence.num_output - 1, (self._token,)))
+            if self._prefix_cache:
+                cohort.refresh(sequence)
+                self._committer.publish(sequence, sequence.num_computed)
+            if (num_output := cohort.num_output(sequence)) % REPORT_EVERY == 0:
+                events.append(self._report(sequence, num_output))
         return events
 
     def _publish(self, cohort: Cohort) -> None:

@@ -6,12 +6,12 @@ that a source may still write to.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from ..core.errors import TransferRefused
 from ..core.kv import BlockAllocator, Endpoint
 from ..core.request import Attempt, SequenceSpec, WorkerRef
+from .ended import Ended
 from .handoff_events import (
     Adopt,
     Cancelled,
@@ -30,8 +30,6 @@ from .handoff_events import (
 )
 from .ticket import Ticket
 from .transport import Header, Note
-
-NUM_REMEMBERED = 4096  # attempts that ended here lately: a repeated ReserveAsked of one of them is ignored
 
 
 @dataclass(slots=True)
@@ -92,7 +90,7 @@ class Receiver:
         self._waiting: dict[Attempt, _Waiting] = {}  # in order of arrival
         self._granted: dict[Attempt, _Granted] = {}
         self._quarantined: dict[Attempt, _Quarantined] = {}
-        self._ended: OrderedDict[Attempt, None] = OrderedDict()
+        self._ended = Ended(lease)  # a repeated ReserveAsked of one of them is ignored
         self._short_at: int | None = None  # free blocks when the head of the queue last did not fit
 
     @property
@@ -128,6 +126,7 @@ class Receiver:
 
     def handle(self, event: ReceiverEvent) -> list[ReceiverAction]:
         """Take one event in; return what is to be done, in order."""
+        self._ended.now = event.now
         actions = self._take(event)
         if self._waiting:
             actions += self._grant_waiting(event.now, force=isinstance(event, Tick))
@@ -148,7 +147,7 @@ class Receiver:
             case LeaseRenewed(now, attempts):
                 return self._on_renewed(now, attempts)
             case Cancelled(_, attempt):
-                self._remember(attempt)
+                self._ended.add(attempt)
                 self._end(attempt)
                 return []
             case SourceStopped(_, source, attempt):
@@ -165,7 +164,7 @@ class Receiver:
         num_tokens = len(event.spec.known_tokens)
         need, total = self._num_blocks_for(num_tokens), self._endpoints[0].num_blocks
         if need > total or need == 0:
-            self._remember(attempt)
+            self._ended.add(attempt)
             reason = f"KV of {num_tokens} tokens needs {need} blocks, worker {self._worker} has {total}"
             return [Fail(attempt, reason, retriable=False)]
         self._waiting[attempt] = _Waiting(event.spec, event.source, event.now + self._lease)
@@ -188,7 +187,7 @@ class Receiver:
         if not note.last:
             return []
         del self._granted[header.attempt]
-        self._remember(header.attempt)
+        self._ended.add(header.attempt)
         return [Adopt(entry.spec, entry.blocks, note.first_token, entry.ticket.num_held)]
 
     def _on_damaged(self, header: Header, reason: str) -> list[ReceiverAction]:
@@ -228,6 +227,7 @@ class Receiver:
         return [Fail(attempt, f"prefill worker {worker} died", retriable=True) for attempt in lost]
 
     def _on_tick(self, now: float) -> list[ReceiverAction]:
+        self._ended.forget_old()
         late_waiting = [a for a, waiting in self._waiting.items() if now >= waiting.expires]
         late_granted = [a for a, entry in self._granted.items() if now >= entry.expires]
         for attempt in late_waiting + late_granted:
@@ -305,7 +305,7 @@ class Receiver:
         if waiting is not None:
             self._short_at = None  # another reservation may be at the head now
         if waiting is not None or entry is not None:
-            self._remember(attempt)
+            self._ended.add(attempt)
         if entry is None:
             return
         if not entry.writable:
@@ -320,12 +320,6 @@ class Receiver:
 
     def _end_quarantine(self, attempt: Attempt) -> None:
         self._blocks.end_quarantine(self._quarantined.pop(attempt).blocks)
-
-    def _remember(self, attempt: Attempt) -> None:
-        self._ended[attempt] = None
-        self._ended.move_to_end(attempt)
-        if len(self._ended) > NUM_REMEMBERED:
-            self._ended.popitem(last=False)
 
 
 def _problem_with(note: Note, entry: _Granted) -> str | None:

@@ -6,10 +6,10 @@ under a ticket for which it has promised to stop.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 from ..core.request import Attempt, WorkerRef
+from .ended import Ended
 from .handoff_events import (
     Cancelled,
     Computed,
@@ -31,8 +31,6 @@ from .handoff_events import (
 )
 from .ticket import Ticket
 from .transport import Note
-
-NUM_REMEMBERED = 4096  # attempts that ended here lately: a ticket that arrives for one of them is answered with SendStop
 
 
 @dataclass(slots=True)
@@ -62,7 +60,7 @@ class Sender:
         self._worker = worker
         self._lease = lease
         self._outgoing: dict[Attempt, _Outgoing] = {}
-        self._ended: OrderedDict[Attempt, None] = OrderedDict()
+        self._ended = Ended(lease)  # one of them is not opened again
 
     @property
     def num_open(self) -> int:
@@ -81,6 +79,7 @@ class Sender:
 
     def handle(self, event: SenderEvent) -> list[SenderAction]:
         """Take one event in; return what is to be done, in order."""
+        self._ended.now = event.now
         match event:
             case Opened():
                 return self._on_opened(event)
@@ -139,7 +138,7 @@ class Sender:
                 return []
             return self._give_up(attempt, f"the ticket for {attempt} is for {ticket.source}, this is {self._worker}")
         if entry is None:
-            self._remember(attempt)
+            self._ended.add(attempt)
             return [SendStop(attempt, ticket)]
         if entry.ticket is not None or entry.ending:
             if entry.ticket is None:
@@ -182,6 +181,7 @@ class Sender:
         return actions
 
     def _on_tick(self, now: float) -> list[SenderAction]:
+        self._ended.forget_old()
         actions: list[SenderAction] = []
         for entry in [e for e in self._outgoing.values() if now >= e.expires]:
             actions += self._give_up(entry.attempt, f"the lease of {self._lease:g} s ran out at {self._worker}")
@@ -235,10 +235,4 @@ class Sender:
 
     def _forget(self, entry: _Outgoing) -> None:
         del self._outgoing[entry.attempt]
-        self._remember(entry.attempt)
-
-    def _remember(self, attempt: Attempt) -> None:
-        self._ended[attempt] = None
-        self._ended.move_to_end(attempt)
-        if len(self._ended) > NUM_REMEMBERED:
-            self._ended.popitem(last=False)
+        self._ended.add(entry.attempt)

@@ -46,7 +46,7 @@ def answer(question: Question) -> Answer:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Simulate `case` at one rate to the very end."""
+    """Simulate `case` at one rate until all counted requests have ended, and see what everybody did meanwhile."""
 
     case: Case
     rate: float

@@ -8,7 +8,7 @@ head, plus handing its activations on. A prior: whatever `baton profile` measure
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..core.shape import StepShape
 from ..simulator.cost import series
@@ -55,6 +55,7 @@ class RooflineCost:
     step_seconds: float
     row_seconds: float
     stages: int = 1
+    _products: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)  # by tokens: asked for often
 
     def seconds(self, shape: StepShape) -> float:
         attention = max(self.pair_seconds * shape.prefill_pairs, self.context_seconds * shape.prefill_context)
@@ -69,16 +70,23 @@ class RooflineCost:
 
     def _base(self, tokens: int, rows: int, sampled: int) -> float:
         """A step without its attention."""
+        products = self._products.get(tokens)
+        if products is None:
+            products = self._products[tokens] = self._all_products(tokens)
+        layer = products + self.layer_seconds + self.token_seconds * tokens
+        last = self._product(self.head, sampled) / self.stages if sampled else 0.0
+        host = self.step_seconds + self.row_seconds * rows
+        return self.layers * layer + last + host / self.stages + self.stage_seconds + self.stage_token_seconds * tokens
+
+    def _all_products(self, tokens: int) -> float:
+        """Those of a layer."""
         products = sum(self._product(linear, tokens) for linear in self.linears)
         if self.experts:
             # Tokens fall on experts at random: so many of them are hit, and each hit one is streamed.
             hit = self.experts * (1 - (1 - self.chosen / self.experts) ** tokens)
             each = tokens * self.chosen / hit if hit else 0.0
             products += hit * sum(self._product(linear, each) for linear in self.expert_linears)
-        layer = products + self.layer_seconds + self.token_seconds * tokens
-        last = self._product(self.head, sampled) / self.stages if sampled else 0.0
-        host = self.step_seconds + self.row_seconds * rows
-        return self.layers * layer + last + host / self.stages + self.stage_seconds + self.stage_token_seconds * tokens
+        return products
 
     def _product(self, linear: Linear, tokens: float) -> float:
         """[tokens, inputs] times [inputs, outputs]: the longer of its FLOPs and its bytes."""

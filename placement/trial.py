@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from ..core.slo import Slo
@@ -18,7 +17,7 @@ from ..core.view import Role
 from ..simulator.records import RequestOutcome
 from ..simulator.report import OutcomeTally, SimulationReport, make_report
 from ..simulator.setup import ClusterSetup, NetworkSetup, PoolSetup
-from ..simulator.simulate import simulate
+from ..simulator.simulate import EnoughSeen, simulate
 from ..simulator.workload.planned import PlannedRequest
 from .cluster import Cluster, narrower
 from .demand import Demand
@@ -83,13 +82,12 @@ def prefill_alone(pool: PoolChoice, cluster: Cluster, demand: Demand, slo: Slo, 
 def try_rate(case: Case, rate: float, seed: int, *, complete: bool = False) -> Trial:
     """Simulate until the verdict is certain; with `complete`, until every counted request has ended."""
     counter = _Counter(case, _num_skipped(case, rate), complete)
-    with suppress(_CertainError):
-        simulate(replace(case.setup, seed=seed), _requests(case, rate, seed), sink=counter.take)
+    simulate(replace(case.setup, seed=seed), _requests(case, rate, seed), sink=counter.take)
     return Trial(rate, seed, counter.attainment, counter.met, counter.num_seen == case.num_requests)
 
 
 def observe(case: Case, rate: float, seed: int) -> Observation:
-    """Simulate to the very end, and keep the figures of the counted."""
+    """Simulate until every counted request has ended, and those to be shown, and keep their figures."""
     tally = OutcomeTally(case.slo)
     left = begin = _num_skipped(case, rate)
     shown: list[RequestOutcome] = []
@@ -101,14 +99,12 @@ def observe(case: Case, rate: float, seed: int) -> Observation:
             shown.append(outcome)
         if -case.num_requests <= left < 0:
             tally.add(outcome)
+        if left <= -case.num_requests and len(shown) == NUM_SHOWN:
+            raise EnoughSeen
 
     result = simulate(replace(case.setup, seed=seed), _requests(case, rate, seed), sink=count)
     shown.sort(key=lambda outcome: outcome.index)
     return Observation(rate, make_report(case.setup, tally, result.duration, result.workers, result.links), tuple(shown))
-
-
-class _CertainError(Exception):
-    """The verdict is certain: the simulation may end."""
 
 
 class _Counter:
@@ -140,7 +136,7 @@ class _Counter:
         self.num_seen += 1
         self._num_met += met
         if self.num_seen == self._wanted or ((self.met or self._lost) and not self._complete):
-            raise _CertainError
+            raise EnoughSeen
 
     @property
     def met(self) -> bool:

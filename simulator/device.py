@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..core.shape import StepShape, shape_of
-from ..core.step import RowOutput, SequenceEvent, StepOutput, StepPlan
+from ..core.step import RowOutput, SequenceEvent, StepOutput, StepPlan, TokenEvent
 from ..engine.counting import CountingScheduler
 from ..engine.scheduler import Scheduler
 from ..engine.timing import StepTimes
@@ -44,6 +44,10 @@ class Owner(Protocol):
 
     def on_events(self, events: Sequence[SequenceEvent]) -> None:
         """What a step, or the planning of one, made."""
+        ...
+
+    def on_progress(self, events: Sequence[TokenEvent]) -> None:
+        """Tokens that are to be reported in the midst of a run."""
         ...
 
     def may_repeat(self) -> bool:
@@ -181,6 +185,20 @@ class Device:
     def _host_seconds(self, shape: StepShape) -> float:
         return self._overhead + self._token_overhead * (shape.prefill_context + shape.decode_context)
 
+    def _await_report(self, run: _Step, after: int) -> None:
+        """See to it that the router hears in time of tokens in the midst of a run, beyond its first `after` steps."""
+        if after + 1 < run.steps:
+            number = run.done + self._runs.next_report(run.plan, after - run.done)
+            if number < run.steps:
+                self._heap.push(run.began + self._run_seconds(run, number), self._report, run, number)
+
+    def _report(self, run: _Step, number: int) -> None:
+        """The `number`-th step of a run is over."""
+        if not self._under_way or self._under_way[0] is not run or number >= run.steps:
+            return  # the run was cut: its last step reports like any other
+        self._owner.on_progress(self._runs.reports(run.plan, number - run.done))
+        self._await_report(run, number)
+
     # ---- single steps --------------------------------------------------------------------------
 
     def _plan_next(self) -> None:
@@ -215,6 +233,7 @@ class Device:
         if self._counting is not None and self._owner.may_repeat():
             repeats = self._counting.repeatable(plan)
         self._set_length(step, repeats)
+        self._await_report(step, 0)
 
     def _end_step(self, step: _Step, steps: int) -> None:
         if not self._under_way or self._under_way[0] is not step or step.steps != steps:

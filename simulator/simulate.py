@@ -6,6 +6,7 @@ Deterministic: the same setup and workload give the same outcomes. Nothing here 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -18,9 +19,13 @@ from .timeline import Timeline
 from .workload.planned import PlannedRequest
 
 
+class EnoughSeen(Exception):
+    """Raised by a sink that needs no more outcomes: the simulation ends there."""
+
+
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """outcomes in order of index, empty when a sink took them; duration: when the last request ended; events handled."""
+    """outcomes in order of index, empty when a sink took them; duration: when the last of them ended; events handled."""
 
     outcomes: tuple[RequestOutcome, ...]
     duration: float
@@ -39,7 +44,8 @@ def simulate(
 ) -> SimulationResult:
     """Offer `workload` (in order of time, taken as it is needed) to the cluster until every request has ended.
 
-    sink      takes every outcome as it comes, in order of their ends; then nothing is kept of a request that is over
+    sink      takes every outcome as it comes, in order of their ends; then nothing is kept of a request that is over.
+              It may raise EnoughSeen
     timeline  is given the spans of every step and every request
     fast      take decode steps that recur many at a time: the outcomes are the same, sooner
 
@@ -56,7 +62,8 @@ def simulate(
     heap = EventHeap()
     cluster = Cluster(setup, heap, iter(workload), ended, timeline, fast)
     cluster.start()
-    heap.run()
+    with suppress(EnoughSeen):
+        heap.run()
     duration = cluster.ended_at
     return SimulationResult(
         outcomes=tuple(sorted(outcomes, key=attrgetter("index"))),

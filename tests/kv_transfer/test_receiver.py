@@ -10,7 +10,6 @@ from baton.core.kv import Endpoint, KVLayout
 from baton.core.request import Attempt, SamplingParams, SequenceSpec, WorkerRef
 from baton.engine.blocks import BlockPool
 from baton.kv_transfer import handoff as ho
-from baton.kv_transfer import receiver as receiver_module
 from baton.kv_transfer.ticket import Ticket
 from baton.kv_transfer.transport import Header, Note
 
@@ -282,8 +281,10 @@ def test_repeated_and_unknown_events_are_ignored(rig):
     assert rig.baseline()
 
 
-def test_memory_of_ended_attempts_is_bounded(rig, monkeypatch):
-    monkeypatch.setattr(receiver_module, "NUM_REMEMBERED", 10)
-    for i in range(100):
-        rig.receiver.handle(ho.Cancelled(0.0, Attempt(f"r{i}", 1)))
-    assert len(rig.receiver._ended) == 10
+def test_what_ended_long_ago_may_begin_again(rig):
+    rig.receiver.handle(ho.Cancelled(0.0, Attempt("r", 1)))
+    rig.receiver.handle(ho.Tick(1.0))
+    assert rig.reserve("r", 8) == []
+    rig.receiver.handle(ho.Tick(1000.0))
+    (grant,) = rig.reserve("r", 8)
+    assert isinstance(grant, ho.Grant)

@@ -8,7 +8,6 @@ import pytest
 from baton.core.kv import Endpoint, KVLayout
 from baton.core.request import Attempt, WorkerRef
 from baton.kv_transfer import handoff as ho
-from baton.kv_transfer import sender as sender_module
 from baton.kv_transfer.ticket import Ticket
 from baton.kv_transfer.transport import Note
 
@@ -204,10 +203,12 @@ def test_repeated_and_unknown_events_are_ignored(sender):
         assert sender.handle(event) == []
 
 
-def test_memory_of_ended_attempts_is_bounded(monkeypatch):
-    monkeypatch.setattr(sender_module, "NUM_REMEMBERED", 10)
-    sender = ho.Sender(SOURCE, LEASE)
-    for i in range(100):
-        sender.handle(ho.Opened(0.0, Attempt(f"r{i}", 1), TARGET, 10))
-        sender.handle(ho.Cancelled(0.0, Attempt(f"r{i}", 1)))
-    assert len(sender._ended) == 10
+def test_what_ended_long_ago_may_begin_again():
+    sender, attempt = ho.Sender(SOURCE, LEASE), Attempt("r", 1)
+    opened = ho.Opened(0.0, attempt, TARGET, 10)
+    assert sender.handle(opened) == []
+    sender.handle(ho.Cancelled(0.0, attempt))
+    sender.handle(ho.Tick(LEASE))
+    assert isinstance(sender.handle(opened)[0], ho.Fail)
+    sender.handle(ho.Tick(100 * LEASE))
+    assert sender.handle(opened) == []
