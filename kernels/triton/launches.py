@@ -33,8 +33,9 @@ class Launch:
 # By padded head size; `benchmarks/gpu/compiled.py` says what the compiler makes of each. Prefill on Hopper: two warp groups
 # of 64 rows each share a tile, as wgmma wants it, within 227 KiB of shared memory and 255 registers a thread.
 _HOPPER_PREFILL = {64: Launch(128, 128, 8, 3), 128: Launch(128, 128, 8, 3), 256: Launch(128, 32, 8, 4)}
-# The same where windows, soft caps or the unpacking of 8-bit caches need registers of their own.
-_HOPPER_CROWDED_PREFILL = {64: Launch(128, 128, 8, 3), 128: Launch(128, 64, 8, 5), 256: Launch(128, 32, 8, 4)}
+# The same where windows and soft caps, or the unpacking of 8-bit caches, need registers of their own.
+_HOPPER_WINDOW_PREFILL = {64: Launch(128, 128, 8, 3), 128: Launch(128, 64, 8, 5), 256: Launch(128, 32, 8, 4)}
+_HOPPER_UNPACKING_PREFILL = {64: Launch(128, 128, 8, 3), 128: Launch(128, 64, 8, 5), 256: Launch(64, 32, 8, 3)}
 # Ada, Ampere and whatever is not known: products from registers, 99 KiB of shared memory.
 _SMALLER_PREFILL = {64: Launch(128, 64, 8, 3), 128: Launch(128, 32, 8, 3), 256: Launch(64, 32, 8, 3)}
 # Decode is bound by memory: two tiles, 64 KiB of keys and values, on their way for each of up to three programs on a processor.
@@ -47,9 +48,11 @@ _INTERPRETED = Launch(16, 16, 1, 1)
 
 def prefill_launch(qkv: Tensor, pool: Tensor, spec: AttentionSpec) -> Launch:
     """For queries qkv [T, H + 2K, D] and a layer of the cache [N, 2, K, S, D] on their device."""
-    crowded = spec.window is not None or spec.softcap is not None or pool.element_size() < qkv.element_size()
-    hopper = capability(qkv.device) >= (9, 0)
-    return _launch(qkv, (_HOPPER_CROWDED_PREFILL if crowded else _HOPPER_PREFILL) if hopper else _SMALLER_PREFILL)
+    if capability(qkv.device) < (9, 0):
+        return _launch(qkv, _SMALLER_PREFILL)
+    if pool.element_size() < qkv.element_size():
+        return _launch(qkv, _HOPPER_UNPACKING_PREFILL)
+    return _launch(qkv, _HOPPER_PREFILL if spec.window is None and spec.softcap is None else _HOPPER_WINDOW_PREFILL)
 
 
 def decode_launch(qkv: Tensor) -> Launch:
