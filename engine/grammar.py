@@ -14,14 +14,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from ..core.errors import InvalidRequest
 from ..core.request import Attempt
 from ..core.step import RowOutput, StepRow
+
+if TYPE_CHECKING:  # imported by whoever compiles the first grammar: an engine that is asked for none runs without the library
+    from llguidance import LLMatcher, LLTokenizer
 
 MAX_COMPILED = 64  # grammars that are kept, the latest used
 MAX_SEQUENCES = 1 << 10  # sequences whose state is kept, the latest used
@@ -69,6 +72,8 @@ class Grammars:
             return compiled
 
     def _compile(self, grammar: str) -> LLMatcher:
+        from llguidance import LLMatcher
+
         if self._tokenizer is None:
             self._tokenizer = self._load()
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
@@ -77,6 +82,8 @@ class Grammars:
         return matcher
 
     def _load(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
         if not self._source.is_file():
             raise InvalidRequest(f"structured output needs a tokenizer.json, and {self._source.parent} has none")
         if not self.eos_token_ids:
