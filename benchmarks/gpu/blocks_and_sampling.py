@@ -159,7 +159,7 @@ def sampling(bench: Bench, copy_bytes_s: float) -> Figures:
     """Microseconds for the tokens of a batch. `peaked` logits are as trained models have them, `flat` as random weights."""
     from baton.kernels import cpu
     from baton.kernels.batch import DrawSpec
-    from baton.kernels.triton.draw_parameters import pack
+    from baton.kernels.draw_words import pack
     from baton.kernels.triton.sampling import argmax, sample
 
     figures: Figures = {}

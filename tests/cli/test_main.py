@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from baton.cli.main import app
+from baton.deploy import checks
 from typer.testing import CliRunner, Result
 
 VERBS = ("up", "down", "status", "chat", "bench", "demo", "simulate", "make-model")
@@ -18,6 +19,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checks, "local_gpus", tuple)
     return tmp_path
 
 
@@ -58,7 +60,7 @@ CLUMSY = [
         ("up", "quoted.yaml"),
         "quoted.yaml:3: pools.mixed.replicas: '2' is not allowed; allowed: a whole number from 1 to 1024, wri",
     ),
-    (("up", "gpu.yaml"), "gpu.yaml:3: pools.mixed.accelerator: 'H100' is not supported yet; use cpu"),
+    (("up", "gpu.yaml"), "gpu.yaml:3: pools.mixed.accelerator: 'H100' asks for a GPU, and nvidia-smi finds none on this machine"),
     (("status", "nowhere.yaml"), "nowhere.yaml: there is no such file"),
     (("demo", "--rate", "0"), "Invalid value for '--rate'"),
     (("demo", "--seconds", "-3"), "Invalid value for '--seconds'"),
