@@ -17,7 +17,6 @@ from rich.progress import Progress as Bar
 
 from ..core.errors import InvalidRequest, TopologyError
 from ..core.slo import Slo
-from ..deploy.checks import check_topology
 from ..deploy.settings import check_cluster_name, dump_topology, parse_topology, prepare_ray_environment
 from ..placement.cluster import Shape, parse_cluster
 from ..placement.demand import Demand, Lengths, demand_of
@@ -39,7 +38,6 @@ from ..simulator.workload.published import WORKLOADS
 from ..simulator.workload.traces import FORMATS, TraceOptions, guess_format, read_trace
 from . import screen
 from .files import write_all
-from .replan import Wish, plan_from_live
 
 NUM_DRAWN = 4096
 """Requests drawn from a length distribution: the mix that is planned for."""
@@ -147,6 +145,8 @@ def plan(
         if ray:
             prepare_ray_environment()
         if from_live is not None:
+            from .replan import Wish, plan_from_live  # only here, as `check_topology` below: both take their time to import
+
             given = _given(context)
             _refuse(given - _WITH_LIVE)
             slo = Slo(ttft, tpot, attainment)
@@ -282,7 +282,7 @@ def _say_none(result: SearchResult) -> None:
         asked += f" at {result.problem.objective.rate:g} requests/s"
     screen.complain(f"no placement on {result.problem.cluster} reaches {asked}")
     if result.nearest is not None:
-        screen.err().print(nearest_text(result.nearest), soft_wrap=True)
+        screen.err().print(nearest_text(result.nearest, slo), soft_wrap=True)
     screen.err().print(tried(result), soft_wrap=True)
 
 
@@ -309,6 +309,8 @@ def _write(console: Console, out: Path, result: SearchResult, explanation: Expla
 
 def topology_text(result: SearchResult, explanation: Explanation, name: str, model_path: str, folder: Path) -> str:
     """The topology with what was found out as comments; also with what `baton up` would still refuse of it."""
+    from ..deploy.checks import check_topology
+
     text = dump_topology(topology_of(result.problem, explanation.deployment, name, model_path))
     comments = [f"{key}: {value}" for key, value in summary_lines(result, explanation)]
     if explanation.deployment.num_clusters > 1:

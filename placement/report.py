@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..core.slo import Slo
 from .deployment import Deployment, deployment_of
 from .explain import Explanation, binding, why_lost
 from .plots import figures, p90, seconds
@@ -120,13 +119,17 @@ def tried(result: SearchResult) -> str:
     )
 
 
-def nearest_text(nearest: NearSlo) -> str:
-    """What to ask for instead."""
+def nearest_text(nearest: NearSlo, slo: Slo) -> str:
+    """What to ask for instead of `slo`."""
     if nearest.scale <= 1:
         return "requests alone would meet the objectives, but not what a cluster adds to them: relax both a little"
+    parts = [
+        f"{name} {seconds(near)} ({f'{near / asked:.3g} times what was asked for' if near > asked else 'as asked for'})"
+        for name, near, asked in (("TTFT", nearest.slo.ttft, slo.ttft), ("TPOT", nearest.slo.tpot, slo.tpot))
+    ]
     return (
-        f"the nearest that can be reached, by {nearest.placement.name} with one request at a time, is TTFT "
-        f"{seconds(nearest.slo.ttft)} and TPOT {seconds(nearest.slo.tpot)} ({nearest.scale:.2f} times what was asked for)"
+        f"the nearest that can be reached, by {nearest.placement.name} with one request at a time, is {' and '.join(parts)}; "
+        "under load, allow a little more"
     )
 
 
@@ -153,6 +156,10 @@ def print_plan(console: Console, result: SearchResult, explanation: Explanation)
 
 def plan_page(result: SearchResult, explanation: Explanation, topology: str) -> str:
     """The page. `topology` is the YAML that it shows."""
+    # Only here: a plan that is refused should say so at once.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["seconds"] = seconds

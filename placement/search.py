@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from ..core.slo import Slo
 from ..core.view import Role
-from .bounds import Lone, lone_tpots, lone_ttfts, nearest_scale
+from .bounds import Lone, lone_attainment, lone_tpots, lone_ttfts, nearest_scale
 from .candidates import affinities, mixed_candidates, rank, split_candidates, with_bound
 from .executors import Executor
 from .objective import FEWEST
@@ -72,23 +73,33 @@ def case_of(problem: Problem, placement: Placement, num_requests: int) -> Case:
 
 
 def nearest_slo(problem: Problem, kinds: list[WorkerKind]) -> NearSlo:
-    """By how much both objectives must be relaxed together for an idle cluster to reach the attainment, and which one does."""
+    """By how much objectives must be relaxed for an idle cluster to reach the attainment, and which one does: one of the two
+    where that is enough, else both together."""
     pools = {kind.name: split_placement(kind, kind, (1, 1), Affinity.ANY, problem.budgets).pools for kind in kinds}
     ttfts = {name: lone_ttfts(prefill, problem.demand) for name, (prefill, _) in pools.items()}
     tpots = {name: lone_tpots(decode, problem.demand) for name, (_, decode) in pools.items()}
     found = []
     for prefill in kinds:
-        for decode in kinds:
-            for affinity in affinities(problem, prefill, decode):
-                placement = split_placement(prefill, decode, (1, 1), affinity, problem.budgets)
-                if fits(placement, problem.cluster):
-                    scale = nearest_scale(Lone(ttfts[prefill.name], tpots[decode.name]), problem.slo)
-                    found.append((scale, placement.num_devices, placement.name, placement))
-        mixed = next(mixed_placements([prefill], problem.budgets))
-        scale = nearest_scale(Lone(ttfts[prefill.name], tpots[prefill.name]), problem.slo)
-        found.append((scale, mixed.num_devices, mixed.name, mixed))
-    scale, _, _, placement = min(found, key=lambda entry: entry[:3])
-    return NearSlo(replace(problem.slo, ttft=problem.slo.ttft * scale, tpot=problem.slo.tpot * scale), scale, placement)
+        tried = [
+            (decode, split_placement(prefill, decode, (1, 1), affinity, problem.budgets))
+            for decode in kinds
+            for affinity in affinities(problem, prefill, decode)
+        ]
+        possible = [(decode, placement) for decode, placement in tried if fits(placement, problem.cluster)]
+        for decode, placement in [*possible, (prefill, next(mixed_placements([prefill], problem.budgets)))]:
+            alone = Lone(ttfts[prefill.name], tpots[decode.name])
+            found.append((nearest_scale(alone, problem.slo), placement.num_devices, placement.name, placement, alone))
+    scale, _, _, placement, alone = min(found, key=lambda entry: entry[:3])
+    return NearSlo(_relaxed(problem.slo, scale, alone), scale, placement)
+
+
+def _relaxed(slo: Slo, scale: float, alone: Lone) -> Slo:
+    """Of the objectives no more than need be `scale` times as large for lone requests to reach the attainment."""
+    both = replace(slo, ttft=slo.ttft * scale * (1 + 1e-9), tpot=slo.tpot * scale * (1 + 1e-9))
+    for one in (replace(both, tpot=slo.tpot), replace(both, ttft=slo.ttft)):
+        if lone_attainment(alone, one) >= slo.attainment - 1e-9:
+            return one
+    return both
 
 
 def _candidates(problem: Problem, kinds: list[WorkerKind], phases: Phases) -> list[Candidate]:

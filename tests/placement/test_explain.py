@@ -14,6 +14,7 @@ from baton.deploy.settings import dump_topology, parse_topology
 from baton.placement.deployment import deployment_of, topology_of
 from baton.placement.executors import Inline
 from baton.placement.explain import Explanation, bytes_per_second, explain, find_switch, link_switch, why_lost
+from baton.placement.plots import seconds
 from baton.placement.problem import Problem, SearchOptions, SearchResult, Status
 from baton.placement.report import fullest, nearest_text, plan_page, print_plan, rows, summary_lines
 from baton.placement.search import search
@@ -220,7 +221,12 @@ def test_nothing_to_explain(make_problem: MakeProblem, cost: CostMaker, options:
     result = search(problem, cost, options, Inline())
     assert explain(result, options, Inline()) is None
     assert result.nearest is not None
-    assert "nearest that can be reached" in nearest_text(result.nearest)
+    near = result.nearest.slo
+    assert near.tpot == problem.slo.tpot  # only TTFT was out of reach
+    assert near.ttft > problem.slo.ttft
+    words = nearest_text(result.nearest, problem.slo)
+    assert "nearest that can be reached" in words
+    assert f"TTFT {seconds(near.ttft)} ({near.ttft / 1e-4:.3g} times what was asked for) and TPOT 20 ms (as asked for)" in words
 
 
 def test_bandwidths_are_readable() -> None:
