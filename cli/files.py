@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from errno import EISDIR
 from pathlib import Path
 
 from ..core.errors import InvalidRequest
@@ -19,9 +21,12 @@ def write_all(texts: Mapping[Path, str]) -> None:
         for path, text in texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             drafts[path].write_text(text, encoding="utf-8")
+            if path.is_dir():
+                raise IsADirectoryError(EISDIR, "it is a folder")
         for path, draft in drafts.items():
             draft.replace(path)
     except OSError as error:
         for draft in drafts.values():
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):  # its folder may be what could not be made
+                draft.unlink()
         raise InvalidRequest(f"{path} cannot be written: {error.strerror}", "out") from error

@@ -6,6 +6,7 @@ Norms and biases are left out: they are below a thousandth of the parameters.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -245,11 +246,12 @@ def shape_of_config(config: ModelConfig, name: str) -> ModelShape:
 
 
 def _key(name: str) -> str:
-    """What a name and a hub id have in common: no owner, no suffix that changes no size, no case and no punctuation."""
+    """What a name and a hub id have in common: no owner, no suffix that changes no size, no case and no punctuation but the
+    points of numbers (1.3B is not 13B)."""
     last = name.rstrip("/").rsplit("/", 1)[-1].lower()
     for ending in ("-hf", "-instruct", "-chat", "-v0.1"):
         last = last.replace(ending, "")
-    return "".join(character for character in last.replace("meta-", "") if character.isalnum())
+    return re.sub(r"(?<!\d)\.|\.(?!\d)|[^a-z0-9.]", "", last.replace("meta-", ""))
 
 
 def _opt(size: str, layers: int, width: int, heads: int) -> ModelShape:
@@ -261,6 +263,9 @@ def _opt(size: str, layers: int, width: int, heads: int) -> ModelShape:
 
 def _catalogue() -> Iterator[ModelShape]:
     """Layers, width, inner size, heads, KV heads, head size, vocabulary, positions."""
+    yield _opt("1.3B", 24, 2048, 32)
+    yield _opt("2.7B", 32, 2560, 32)
+    yield _opt("6.7B", 32, 4096, 32)
     yield _opt("13B", 40, 5120, 40)
     yield _opt("30B", 48, 7168, 56)
     yield _opt("66B", 64, 9216, 72)

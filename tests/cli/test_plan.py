@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from baton.cli.files import write_all
 from baton.cli.main import app
+from baton.core.errors import InvalidRequest
 from baton.deploy.settings import load_topology
+from baton.placement.profile import MeasuredCost, Profile, write_profile
+from baton.simulator.cost import LinearCost
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -30,7 +34,8 @@ def test_a_plan_is_written(tmp_path: Path) -> None:
     assert topology.slo.ttft == 1.0
     text = (tmp_path / "plan" / "topology.yaml").read_text()
     assert text.startswith("# Planned by `baton plan`.")
-    assert "# not yet deployable: " in text  # of L4, until the service takes GPUs
+    split = any(pool.tensor_parallel * pool.pipeline_parallel > 1 for pool in topology.pools)
+    assert ("# not yet deployable: " in text) is split
     assert (tmp_path / "plan" / "plan.html").read_text().startswith("<!doctype html>")
 
 
@@ -92,6 +97,63 @@ def test_a_target_that_is_a_file_is_refused_at_once(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "is a file" in done.output
     assert (tmp_path / "plan").read_text() == "mine"
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
+    cost = MeasuredCost(1, 1, LinearCost(1e-3, token=1e-5), {})
+    other = Profile("Llama-3.1-8B", "8b", "L4", "bfloat16", "auto", 0, 32, 0.0, {}, (cost,))
+    write_profile(other, tmp_path / "profile.yaml")
+    done = plan(*SMALL, "--profile", str(tmp_path / "profile.yaml"), "--out", str(tmp_path / "plan"))
+    assert done.exit_code == 2
+    output = " ".join(done.output.split())
+    assert "measured with Llama-3.1-8B (sizes 8b) and says nothing of OPT-1.3B" in output
+    assert not (tmp_path / "plan").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--model and --gpu say what to plan for"),
+        (("--model", "OPT-13B"), "--model and --gpu say what to plan for"),
+        (("--from-live", "nobody", "--gpu", "L4:1", "--rate", "3"), "--gpu, --rate: the running cluster says this"),
+    ],
+)
+def test_what_to_plan_for_must_be_said(arguments: tuple[str, ...], words: str) -> None:
+    done = plan(*arguments)
+    assert done.exit_code == 2
+    assert words in " ".join(done.output.split())
+
+
+def test_a_cluster_that_does_not_run_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    done = plan("--from-live", "nobody")
+    assert done.exit_code == 1
+    assert "cluster nobody is not running on this machine" in " ".join(done.output.split())
+
+
+def test_both_files_are_written_or_none(tmp_path: Path) -> None:
+    write_all({tmp_path / "new" / "a": "1", tmp_path / "new" / "b": "2"})
+    assert [(path.name, path.read_text()) for path in sorted((tmp_path / "new").iterdir())] == [("a", "1"), ("b", "2")]
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for impossible in (tmp_path / "file" / "b", tmp_path / "folder"):
+        with pytest.raises(InvalidRequest, match="cannot be written"):
+            write_all({tmp_path / "new" / "a": "3", impossible: "4"})
+    assert [(path.name, path.read_text()) for path in sorted((tmp_path / "new").iterdir())] == [("a", "1"), ("b", "2")]
+
+
+def test_a_refusal_imports_nothing_heavy() -> None:
+    """Torch alone takes longer than an answer may."""
+    code = (
+        "import sys\n"
+        "from baton.cli.main import app\n"
+        "try:\n    app(['plan', '--model', 'OPT-13B', '--gpu', 'Abacus:1', '--lengths', 'sharegpt'])\n"
+        "except SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'grpc', 'jinja2', 'fastapi'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stdout
+    assert "'Abacus' is not known" in done.stderr
 
 
 @pytest.mark.cluster

@@ -86,6 +86,16 @@ def test_a_well_known_model_is_found_by_its_name_or_hub_id(name: str, known: str
     assert find_model(name).name == known
 
 
+def test_a_point_in_a_size_counts():
+    """A plan for ten times the parameters would be no answer."""
+    assert find_model("opt-1.3b").name == "OPT-1.3B"
+    assert find_model("OPT-13B").name == "OPT-13B"
+    assert find_model("facebook/opt-6.7b").num_params / 1e9 == pytest.approx(6.66, rel=0.01)
+    for name in ("opt-1.30b", "opt-67b", "llama-31-8b"):
+        with pytest.raises(InvalidRequest):
+            find_model(name)
+
+
 @pytest.mark.parametrize("name", ["gpt-5", "", "/no/such/folder", "llama"])
 def test_an_unknown_model_is_refused_naming_the_known_ones(name: str):
     with pytest.raises(InvalidRequest, match=r"OPT-13B, OPT-30B.*Qwen3-30B-A3B") as refused:
