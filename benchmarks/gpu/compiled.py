@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from baton.kernels.batch import AttentionSpec, RowSpan
 from baton.kernels.triton import launches
-from baton.kernels.triton.attention import TritonAttention
+from baton.kernels.triton.attention import attention_of_rows
 from dry_device import Compiled, dry_device
 
 LAYERS, KV_HEADS = 2, 8
@@ -77,7 +77,7 @@ def compile_use(use: Use, capability: int) -> list[Compiled]:
     spec = AttentionSpec(use.head_dim**-0.5, use.window, use.softcap)
     major_minor = capability // 10, capability % 10
     with dry_device(capability) as device, mock.patch.object(launches, "capability", return_value=major_minor):
-        TritonAttention(kv, rows, scales).run(1, qkv, spec, (angles, angles))
+        attention_of_rows(kv, rows, scales).run(1, qkv, spec, (angles, angles))
     return device.made
 
 

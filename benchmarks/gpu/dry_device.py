@@ -58,6 +58,7 @@ class DryDevice:
     def __init__(self, capability: int = 90) -> None:
         self.made: list[Compiled] = []
         self._capability = capability
+        self._num_warps = 0  # of the kernel that is being loaded
         self.utils = SimpleNamespace(load_binary=self._load, get_device_properties=self._properties)
 
     def get_current_target(self) -> GPUTarget:

@@ -133,11 +133,11 @@ class Step:
 
 def check(bench: Bench, loads: Loads) -> None:
     """Every model of the list, decode rows and chunks together."""
-    from baton.kernels.triton.attention import TritonAttention
+    from baton.kernels.triton.attention import attention_of_rows
 
     for model in loads.checked:
         step = Step.made(model, loads.rows, 2, bench.device)
-        got = TritonAttention(step.kv, step.rows, step.scales).run(1, step.qkv, model.spec, None)
+        got = attention_of_rows(step.kv, step.rows, step.scales).run(1, step.qkv, model.spec, None)
         for row in step.rows:
             part = got[row.offset : row.offset + row.num_tokens].float()
             require(f"{model}, {row.num_tokens} tokens behind {row.start}", part, step.expected(row, 1), 0.02)
@@ -156,7 +156,7 @@ def decode(bench: Bench, loads: Loads, copy_bytes_s: float) -> Figures:
         for name, (batch, context) in loads.decode.items():
             made = Step.made(model, [(context - 1, 1)] * batch, loads.layers, bench.device)
             tensors = upload(made.rows, model.block_size, device_aim(made.kv), made.kv.device)
-            attention = TritonAttention.over(made.kv, tensors, made.scales)
+            attention = TritonAttention(made.kv, tensors, made.scales)
             out = torch.empty((batch, model.heads * model.head_dim), dtype=torch.bfloat16, device=bench.device)
             scales = [None if made.scales is None else made.scales[layer] for layer in range(loads.layers)]
 
@@ -193,7 +193,7 @@ def prefill(bench: Bench, loads: Loads, product_rate: float) -> Figures:
         tensors = upload(made.rows, model.block_size, device_aim(made.kv), made.kv.device)
         out = torch.empty((chunk, model.heads * model.head_dim), dtype=torch.bfloat16, device=bench.device)
         pool, angles = made.kv.select(1, 0), torch.rand((chunk, model.head_dim // 2), device=bench.device).bfloat16()
-        TritonAttention.over(made.kv, tensors).run(0, made.qkv, model.spec, (angles, angles))
+        TritonAttention(made.kv, tensors).run(0, made.qkv, model.spec, (angles, angles))
         seconds = bench.seconds(prefill_attention, made.qkv, pool, None, tensors, model.spec, out)
         seen = chunk * (prefix + (chunk + 1) / 2)  # pairs of a query and a key
         figures[f"prefill_{name}_us"] = seconds * 1e6

@@ -23,27 +23,19 @@ INTERPRETED_PROCESSORS = 4  # what stands for the device's size where kernels ar
 class TritonAttention:
     """See `interface.PagedAttention`. Nothing behind a row's last token is ever read, so no tail has to be cleared."""
 
-    def __init__(self, kv: Tensor, rows: Sequence[RowSpan], scales: Tensor | None = None) -> None:
-        """For one step over kv[N, L, 2, K, S, D]; `scales` as in `over`."""
-        self._take(kv, upload(rows, kv.shape[4], device_aim(kv), kv.device), scales)
-
-    @classmethod
-    def over(cls, kv: Tensor, step: StepTensors, scales: Tensor | None = None) -> TritonAttention:
+    def __init__(self, kv: Tensor, step: StepTensors, scales: Tensor | None = None) -> None:
         """Over tensors on the device of kv[N, L, 2, K, S, D], which may be written anew between runs of a CUDA graph.
 
         scales  float32 [L, 2, K], what stored keys and values are to be multiplied by; None when the cache holds them as
                 they are
         """
-        made = cls.__new__(cls)
-        made._take(kv, step, scales)
-        return made
-
-    def _take(self, kv: Tensor, step: StepTensors, scales: Tensor | None) -> None:
         num_layers, kv_heads, block_size = kv.shape[1], *kv.shape[3:5]
         if block_size % SMALLEST_DOT:
             raise InternalError(f"the kernels need blocks of a multiple of {SMALLEST_DOT} tokens, got {block_size}")
         if kv.shape[5] > LARGEST_HEAD:
             raise InternalError(f"the kernels take heads of up to {LARGEST_HEAD} dimensions, got {kv.shape[5]}")
+        if kv.stride(5) != 1:
+            raise InternalError(f"the numbers of a head must be contiguous in the cache, got strides {kv.stride()}")
         if scales is not None and (scales.shape != (num_layers, 2, kv_heads) or scales.dtype != torch.float32):
             raise InternalError(f"scales must be float32 [{num_layers}, 2, {kv_heads}], got {scales.dtype} {list(scales.shape)}")
         self._kv = kv
@@ -63,6 +55,11 @@ class TritonAttention:
         if step.sizes.num_prefill:
             prefill_attention(qkv, pool, scales, step, spec, out)
         return out
+
+
+def attention_of_rows(kv: Tensor, rows: Sequence[RowSpan], scales: Tensor | None = None) -> TritonAttention:
+    """For a step that runs once; see `TritonAttention`."""
+    return TritonAttention(kv, upload(rows, kv.shape[4], device_aim(kv), kv.device), scales)
 
 
 def device_aim(kv: Tensor) -> int:

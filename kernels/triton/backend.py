@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from .. import table
 from . import gates, norms, sampling
-from .attention import TritonAttention
+from .attention import TritonAttention, attention_of_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,12 @@ class GpuLinear:
 def kernels() -> table.Kernels:
     """The row."""
     return table.Kernels(
-        attention=TritonAttention,
+        attention=attention_of_rows,
         linear=GpuLinear,
         rms_norm=norms.rms_norm,
         add_rms_norm=norms.add_rms_norm,
         argmax=sampling.argmax,
         draw=sampling.draw,
         norm_heads=norms.norm_heads,
-        step=table.StepKernels(TritonAttention.over, sampling.sample),
+        step=table.StepKernels(TritonAttention, sampling.sample),
     )

@@ -118,9 +118,8 @@ def _decode(
     num_parts = tl.load(first_parts + row + 1) - tl.load(first_parts + row)
     first_seen = tl.maximum(length - window, 0) if window > 0 else 0
     origin = first_seen // tile_size * tile_size
-    share = (
-        tl.cdiv(tl.cdiv(length - origin, tile_size), num_parts) * tile_size
-    )  # of what this layer's window leaves of the context
+    # Parts share what this layer's window leaves of the context.
+    share = tl.cdiv(tl.cdiv(length - origin, tile_size), num_parts) * tile_size
     begin = origin + tl.load(parts + 2 * part + 1) * share
     end = tl.minimum(begin + share, length)
     if scales is not None:

@@ -16,7 +16,7 @@ class Launch:
     """How a kernel is compiled.
 
     rows  M, query vectors of a program
-    tile  C, positions that are attended to at once; keys and values of num_stages tiles are on their way
+    tile  C, positions that are attended to at once
     """
 
     rows: int

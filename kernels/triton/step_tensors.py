@@ -5,7 +5,7 @@ same sizes, once its memory has been written anew. `upload` does it for a step t
 
     sizes = decode_sizes(bucket, max_blocks, block_size, aim)         # aim = part_aim(kv_heads, processors)
     words = torch.zeros(sizes.num_words, dtype=torch.int32, device=device)
-    attention = TritonAttention.over(kv, StepTensors.over(words, sizes))     # what is captured
+    attention = TritonAttention(kv, StepTensors.over(words, sizes))  # what is captured
     pinned = torch.zeros(sizes.num_words, dtype=torch.int32, pin_memory=True)
     write_rows(StepTensors.over(pinned, sizes), rows, block_size, aim)       # every step
     words.copy_(pinned, non_blocking=True)                            # `pinned` must rest until the copy is done

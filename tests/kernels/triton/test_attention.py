@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton")
-from baton.kernels.triton.attention import TritonAttention
+from baton.kernels.triton.attention import TritonAttention, attention_of_rows
 from baton.kernels.triton.step_tensors import StepTensors, decode_sizes, write_rows
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
@@ -28,7 +28,7 @@ def check(problem: Problem) -> None:
     before = kv.clone()
     qkv, turn = problem.inputs()
     scales = problem.scales
-    got = TritonAttention(kv, rows, scales).run(problem.layer, qkv.clone(), problem.spec, turn)
+    got = attention_of_rows(kv, rows, scales).run(problem.layer, qkv.clone(), problem.spec, turn)
     turned = (
         qkv if turn is None else torch.cat((reference.rotary(qkv[:, : -problem.kv_heads], *turn), qkv[:, -problem.kv_heads :]), 1)
     )
@@ -106,8 +106,8 @@ def test_a_view_of_a_larger_pool_is_attended_by_its_strides() -> None:
     wide = torch.full((num_blocks, 2, 2, 5, 16, 32), 7.0)
     wide[:, :, :, 1:3] = kv
     qkv, turn = problem.inputs()
-    got = TritonAttention(wide[:, :, :, 1:3], rows).run(1, qkv.clone(), problem.spec, turn)
-    assert torch.equal(got, TritonAttention(kv, rows).run(1, qkv.clone(), problem.spec, turn))
+    got = attention_of_rows(wide[:, :, :, 1:3], rows).run(1, qkv.clone(), problem.spec, turn)
+    assert torch.equal(got, attention_of_rows(kv, rows).run(1, qkv.clone(), problem.spec, turn))
     assert (wide[:, :, :, [0, 3, 4]] == 7).all()
 
 
@@ -119,7 +119,7 @@ def test_a_bucket_serves_step_after_step_and_its_padding_rows_give_zeros() -> No
     words = torch.full((sizes.num_words,), 99, dtype=torch.int32)
     step = StepTensors.over(words, sizes)
     kv = problem.pool(rows, num_blocks)
-    attention = TritonAttention.over(kv, step)
+    attention = TritonAttention(kv, step)
     for taken in (rows, rows[:1]):
         write_rows(step, taken, 16, aim)
         qkv, turn = problem.inputs()
@@ -128,7 +128,7 @@ def test_a_bucket_serves_step_after_step_and_its_padding_rows_give_zeros() -> No
         turns = tuple(torch.cat((part, part)) for part in turn or ())
         got = attention.run(1, some, problem.spec, (turns[0], turns[1]))
         alone = problem.pool(rows, num_blocks)
-        expected = TritonAttention(alone, taken).run(1, qkv[: len(taken)].clone(), problem.spec, (turns[0], turns[1]))
+        expected = attention_of_rows(alone, taken).run(1, qkv[: len(taken)].clone(), problem.spec, (turns[0], turns[1]))
         torch.testing.assert_close(got[: len(taken)], expected, rtol=1e-5, atol=1e-5)
         assert (got[len(taken) :] == 0).all()
         untouched = set(range(num_blocks)) - {block for row in rows for block in row.block_table}
@@ -138,13 +138,13 @@ def test_a_bucket_serves_step_after_step_and_its_padding_rows_give_zeros() -> No
 def test_what_the_kernels_cannot_do_is_refused() -> None:
     rows = [RowSpan(0, 1, 0, (0,))]
     with pytest.raises(InternalError, match="multiple of 16"):
-        TritonAttention(torch.zeros(1, 1, 2, 1, 8, 32), rows)
+        attention_of_rows(torch.zeros(1, 1, 2, 1, 8, 32), rows)
     with pytest.raises(InternalError, match="up to 256"):
-        TritonAttention(torch.zeros(1, 1, 2, 1, 16, 512), rows)
+        attention_of_rows(torch.zeros(1, 1, 2, 1, 16, 512), rows)
     kv = torch.zeros(1, 1, 2, 1, 16, 32)
     with pytest.raises(InternalError, match="scales must be"):
-        TritonAttention(kv, rows, torch.ones(2))
-    attention = TritonAttention(kv, rows)
+        attention_of_rows(kv, rows, torch.ones(2))
+    attention = attention_of_rows(kv, rows)
     with pytest.raises(InternalError, match="of 1 tokens"):
         attention.run(0, torch.zeros(2, 3, 32), AttentionSpec(1.0), None)
     with pytest.raises(InternalError, match="above 0"):
@@ -173,7 +173,7 @@ def test_a_captured_graph_serves_other_rows() -> None:
     sizes = decode_sizes(8, 256, 16, aim)
     words = torch.zeros(sizes.num_words, dtype=torch.int32, device="cuda")
     kv = problem.pool(rows, num_blocks)
-    attention = TritonAttention.over(kv, StepTensors.over(words, sizes))
+    attention = TritonAttention(kv, StepTensors.over(words, sizes))
     qkv, _ = problem.inputs()
     static = torch.zeros((8, *qkv.shape[1:]), dtype=qkv.dtype, device="cuda")
     pinned = torch.zeros(sizes.num_words, dtype=torch.int32, pin_memory=True)
