@@ -6,6 +6,7 @@ closed_forms   prefill of equal prompts against the formulas of queueing theory 
 simdistserve   16 cases of DistServe's simulator, by configuration alone (`simdistserve.py`)
 splitwise      prefill and decode machines for code and for conversation, by Splitwise's measurements (`splitwise_split.py`)
 distserve      the placements of DistServe's paper, and the order of the systems that it compares (`paper_placements.py`)
+pairs          the same placements among those that the paper's search chooses from (`paper_pairs.py`)
 
 The last line is JSON: the largest difference from a formula; the share of cases within 3 points and 5%, and the largest
 differences; the share of prefill machines in the best splits; the goodput of the paper's placements over that of the best
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import closed_forms
+import paper_pairs
 import paper_placements
 import simdistserve
 import splitwise_split
@@ -88,11 +90,16 @@ def run_distserve(data: Path, quick: bool) -> dict[str, float]:
     return paper_placements.report(data, quick)
 
 
+def run_pairs(data: Path, quick: bool) -> dict[str, float]:
+    return paper_pairs.report(data, quick)
+
+
 SECTIONS: dict[str, Callable[[Path, bool], dict[str, float]]] = {
     "closed_forms": run_closed_forms,
     "simdistserve": run_simdistserve,
     "splitwise": run_splitwise,
     "distserve": run_distserve,
+    "pairs": run_pairs,
 }
 
 if __name__ == "__main__":
