@@ -3,7 +3,7 @@
 Triton runs kernels in numpy when TRITON_INTERPRET is set before they are defined. It cuts float32 to bfloat16, and
 loses the carry where an 8-bit significand overflows; devices round to the nearest, ties to even. And it multiplies matrices
 of bfloat16 by their bits, as if they were integers. Call `mend` once in a process that interprets: tests do, and benchmarks
-asked to `--interpret`.
+asked to `--interpret`. (The interpreter of Triton 3.6 needs numpy before 2.4.)
 """
 
 from __future__ import annotations
