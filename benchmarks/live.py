@@ -36,7 +36,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from baton.bench.driver import run_load
-from baton.core.errors import BatonError, InvalidRequest
+from baton.core.errors import BatonError, InvalidRequest, Unavailable
 from baton.core.observed import ObservedStep
 from baton.core.topology import Topology
 from baton.core.view import Role
@@ -63,6 +63,7 @@ SEED, CALIBRATION_SEED = 11, 12
 CALIBRATION_SHARES = (0.6, 1.0)  # of the goodput that the profile alone promises
 TRACE = "azure2023/AzureLLMInferenceTrace_conv.csv"
 CALIBRATION = "calibration.json"
+MAX_RESIDUAL = 0.05  # of a kind of step, in the median: on an idle machine 0.5 to 4%
 TRACE_SKIPPED = 600  # requests at the head of the trace, where it has hardly begun
 MAX_INPUT, MAX_OUTPUT = 1500, 300
 
@@ -105,6 +106,9 @@ def measure_profile(arguments: argparse.Namespace, name: str, topology: Topology
     command += ["--max-step-tokens", str(pool.max_step_tokens), "--block-size", str(pool.block_size)]
     command += ["--quick"] if arguments.quick else []
     subprocess.run(command, check=True)
+    for kind, residual in read_profile(_profile_path(arguments.out, name)).costs[0].residuals.items():
+        if residual.median > MAX_RESIDUAL and not arguments.quick:
+            raise Unavailable(f"the fit of {kind} steps leaves {residual.median:.1%}: something disturbed the profile; run again")
 
 
 async def calibrate_all(arguments: argparse.Namespace, topologies: dict[str, Topology]) -> None:
