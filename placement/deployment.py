@@ -43,7 +43,7 @@ class Deployment:
 def deployment_of(problem: Problem, best: Verdict) -> Deployment:
     """Enough copies for the rate that is wanted; without one, all that fit."""
     placement, objective = best.placement, problem.objective
-    goodput = best.goodput.mean if best.goodput else 0.0
+    goodput = best.rate
     fit = copies_that_fit(placement, problem.cluster)
     copies = fit
     if objective.name == FEWEST:

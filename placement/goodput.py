@@ -8,8 +8,8 @@ caller's: closed forms in tests, the simulator in a search.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 _FAR, _NEAR = 1.15, 1.05
 """The first step from a guess, and from what another seed found; later steps grow."""
@@ -54,6 +54,10 @@ class Goodput:
         """Half the interval, relative."""
         return (self.high - self.low) / 2 / self.mean if self.mean else 0.0
 
+    def times(self, factor: float) -> Goodput:
+        """So much of it, after the same trials."""
+        return replace(self, mean=self.mean * factor, low=self.low * factor, high=self.high * factor)
+
 
 def find_goodput(
     simulate_once: SimulateOnce,
@@ -79,6 +83,12 @@ def find_goodput(
         found.append(_search(simulate_once, seed, start, most, _NEAR if near else _FAR, options.precision, trials, known))
         start, near = (found[-1], True) if found[-1] > 0 else (start, near)
     return _goodput(found, trials)
+
+
+def together(goodputs: Sequence[Goodput]) -> Goodput:
+    """Of several seeds (one or more), each of which was searched alone."""
+    trials = [trial for each in goodputs for trial in each.trials]
+    return _goodput([each.mean for each in goodputs], trials)
 
 
 def _goodput(found: list[float], trials: list[Trial]) -> Goodput:

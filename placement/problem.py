@@ -41,8 +41,8 @@ class SearchOptions:
     slack         by how much a joint simulation may surpass what its phases promise alone (a pool of several workers queues
                   less than one): candidates whose promise is further below the best are not simulated
     tie           candidates are given up that do not come so near the best with the first seed
-    max_finalists so many of the best are searched again, thoroughly: with the other seeds, and streams `patience` times as
-                  long, in which what is slightly too much for a cluster has time to show
+    max_finalists how often the best, and a rival that is close, are searched again, thoroughly: with all seeds, and streams
+                  `patience` times as long, in which what is slightly too much for a cluster has time to show
     wave          candidates tried between two looks at what is best
     max_observed  candidates of which is kept what they did at their goodput
     """
@@ -51,7 +51,7 @@ class SearchOptions:
     goodput: GoodputOptions = GoodputOptions()
     phase_precision: float = 0.06
     tie: float = 0.03
-    max_finalists: int = 6
+    max_finalists: int = 3
     patience: int = 4
     slack: float = 0.2
     wave: int = 4
@@ -98,10 +98,10 @@ class Candidate:
 class Verdict:
     """A placement and what the search found out about it.
 
-    goodput   None unless SEARCHED
-    score     by the objective: of the mean goodput, else the most that it could reach as far as is known
+    goodput   None unless SEARCHED; when not `thorough`, less by what longer streams took from those that are
+    score     by the objective: of `rate`, else the most that it could reach as far as is known
     tried     the one trial that a BEATEN candidate failed
-    thorough  whether the goodput is that of long streams and several seeds
+    thorough  whether the goodput is that of longer streams and several seeds
     """
 
     candidate: Candidate
@@ -118,8 +118,11 @@ class Verdict:
 
     @property
     def rate(self) -> float:
-        """Its mean goodput, 0 when none was searched."""
-        return self.goodput.mean if self.goodput else 0.0
+        """Its goodput, 0 when none was searched. Of a thorough one the least of any seed: a cluster at its limit fails in the
+        worst stretch of its traffic, and a long stream has one. The mean of short streams promises some percent too much."""
+        if self.goodput is None:
+            return 0.0
+        return self.goodput.low if self.thorough else self.goodput.mean
 
 
 @dataclass(frozen=True, slots=True)

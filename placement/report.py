@@ -197,7 +197,7 @@ def _row(result: SearchResult, verdict: Verdict, place: int) -> Row:
         place=str(place),
         placement=short_name(result.problem, verdict),
         num_devices=verdict.placement.num_devices,
-        goodput=f"{goodput.mean:.3g}" + (f" ({goodput.low:.3g}-{goodput.high:.3g})" if several else ""),
+        goodput=f"{verdict.rate:.3g}" + (f" ({goodput.low:.3g}-{goodput.high:.3g})" if several else ""),
         score=f"{verdict.score:.3g}" + (f" ({low:.3g}-{high:.3g})" if several and high > low else ""),
         ttft="" if ttft is None else seconds(ttft),
         tpot="" if tpot is None else seconds(tpot),

@@ -20,6 +20,7 @@ from ..core.view import Role
 from .bounds import Lone, lone_attainment, lone_tpots, lone_ttfts, nearest_scale
 from .candidates import affinities, mixed_candidates, rank, split_candidates, with_bound
 from .executors import Executor
+from .goodput import Goodput, together
 from .objective import FEWEST
 from .phases import Phases, bounded_phases, search_phases
 from .problem import Candidate, Cell, NearSlo, Phase, Problem, SearchOptions, SearchResult, Status, Verdict
@@ -158,26 +159,45 @@ class _Race:
         return [replace(verdict, observation=seen.get(id(verdict))) for verdict in ordered]
 
     def _search_finalists(self) -> None:
-        """Search the best ones thoroughly, two at a time, until the best of all has been."""
-        seeds = self.options.goodput.seeds[1:]
-        for _ in range(self.options.max_finalists // 2 if seeds else 0):
+        """Search the best ones thoroughly until the best of all has been: two at a time when they are close."""
+        several = len(self.options.goodput.seeds) > 1
+        for _ in range(self.options.max_finalists if several else 0):
             final = max((verdict.score for verdict in self.verdicts if verdict.thorough), default=0.0)
             rest = [verdict for verdict in self._searched() if not verdict.thorough and verdict.score > final]
             finalists = sorted(rest, key=self._order)[:2]
             if not finalists:
                 return
-            options = replace(self.options.goodput, seeds=seeds)
-            num_requests = self.options.patience * self.options.num_requests
-            questions = [
-                Question(case_of(self.problem, each.placement, num_requests), each.rate, each.candidate.bound, options, near=True)
-                for each in finalists
-            ]
-            for verdict, found in zip(finalists, self.executor.map(answer, questions), strict=True):
-                self.num_simulations += found.num_simulations
-                if found.goodput is not None:
-                    score = self.problem.objective.score(verdict.placement, found.goodput.mean)
-                    final_verdict = replace(verdict, goodput=found.goodput, score=score, thorough=True)
-                    self.verdicts[self.verdicts.index(verdict)] = final_verdict
+            least = finalists[0].score * (1 - self.options.tie)
+            self._search_thoroughly([verdict for verdict in finalists if verdict.score >= least])
+
+    def _search_thoroughly(self, finalists: list[Verdict]) -> None:
+        """Every seed of every finalist is a question of its own."""
+        num_requests = self.options.patience * self.options.num_requests
+        each_seed = [replace(self.options.goodput, seeds=(seed,)) for seed in self.options.goodput.seeds]
+        questions = [
+            Question(case_of(self.problem, each.placement, num_requests), each.rate, each.candidate.bound, once, near=True)
+            for each in finalists
+            for once in each_seed
+        ]
+        found = self.executor.map(answer, questions)
+        self.num_simulations += sum(each.num_simulations for each in found)
+        kept = []
+        for number, verdict in enumerate(finalists):
+            goodputs = [each.goodput for each in found[number * len(each_seed) :][: len(each_seed)] if each.goodput is not None]
+            thorough = self._with(replace(verdict, thorough=True), together(goodputs))
+            self.verdicts[self.verdicts.index(verdict)] = thorough
+            kept.append(thorough.rate / verdict.rate)
+        self._correct(max(kept))
+
+    def _correct(self, kept: float) -> None:
+        """Short streams flatter: of their goodput all others are believed to keep what the one kept that kept most."""
+        for place, verdict in enumerate(self.verdicts):
+            if verdict.goodput is not None and not verdict.thorough:
+                self.verdicts[place] = self._with(verdict, verdict.goodput.times(kept))
+
+    def _with(self, verdict: Verdict, goodput: Goodput) -> Verdict:
+        known = replace(verdict, goodput=goodput)
+        return replace(known, score=self.problem.objective.score(verdict.placement, known.rate))
 
     def _try(self, wave: list[Candidate], must_match: float | None) -> None:
         questions = [self._question(candidate, must_match) for candidate in wave]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from baton.placement.goodput import GoodputOptions, Trial, find_goodput
+from baton.placement.goodput import Goodput, GoodputOptions, Trial, find_goodput, together
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,3 +65,12 @@ def test_a_queue_with_a_closed_form() -> None:
 
     exact = 2 * wait / (service**2 + 2 * wait * service)
     assert find_goodput(simulate_once, 3.0, 1 / service, GoodputOptions((0,), 0.01)).mean == pytest.approx(exact, rel=0.01)
+
+
+def test_seeds_that_were_searched_apart_come_together() -> None:
+    first, second = Goodput(2.0, 2.0, 2.0, (Trial(2.0, 0, 0.9, True),)), Goodput(3.0, 3.0, 3.0, (Trial(3.0, 1, 0.9, True),))
+    both = together([first, second])
+    assert (both.mean, both.low, both.high) == (2.5, 2.0, 3.0)
+    assert [trial.seed for trial in both.trials] == [0, 1]
+    half = both.times(0.5)
+    assert (half.mean, half.low, half.high, half.trials) == (1.25, 1.0, 1.5, both.trials)

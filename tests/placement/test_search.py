@@ -93,12 +93,11 @@ def test_what_a_search_says(make_problem: MakeProblem, cost: CostMaker, options:
     assert best is not None
     assert best.thorough
     assert best.goodput is not None
-    assert {trial.seed for trial in best.goodput.trials} == {1}  # the thorough one has the other seeds
+    assert {trial.seed for trial in best.goodput.trials} == {0, 1}
+    assert best.rate == best.goodput.low
     assert {"chunked", "colocated", "apart, any nodes", "apart, one node"} == {v.placement.family for v in result.searched}
     assert all(verdict.observation for verdict in result.searched[:2])
-    assert all(
-        verdict.status is not Status.SEARCHED or verdict.score <= best.score for verdict in result.searched if verdict.thorough
-    )
+    assert all(verdict.score <= best.score for verdict in result.searched)
     assert {cell.status for cell in result.cells} <= set(Status)
     assert told[0].round == "phases"
     assert told[-1].round == "placements"
