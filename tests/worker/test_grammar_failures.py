@@ -36,7 +36,7 @@ async def test_the_attempt_fails_for_good_and_leaves_nothing(rig: Any, make_spec
         await link.send(abort=pb.AbortAttempt(attempt=broken.attempt))
         await link.until(at_rest)
     for member in rig.members.values():
-        assert not member.engine.executor._constraints._states
+        assert not member.engine.executor._sampler._constraints._states
 
 
 async def test_both_workers_of_a_handoff_follow_the_grammar(rig: Any, make_spec: Spec) -> None:
