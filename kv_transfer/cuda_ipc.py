@@ -73,6 +73,11 @@ class CudaMappings:
         return whole[offset : offset + num_bytes]
 
 
+def gpu_of(handle: bytes) -> str:
+    """The UUID of the GPU on which the memory behind `handle` is."""
+    return _unpack(handle)[0]
+
+
 def _unpack(handle: bytes) -> tuple[str, int, int, list[object]]:
     try:
         uuid, offset, num_bytes, rest = msgpack.unpackb(handle)

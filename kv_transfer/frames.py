@@ -5,11 +5,12 @@
     4 bytes   length of the head, big endian
     4 bytes   xxh32 of the head, big endian
     head      msgpack
-    payload   raw bytes (only CHUNK has any)
+    payload   raw bytes (only CHUNK and JOIN have any)
 
 Requests (source -> target): CHUNK carries bytes of a push, WRITTEN says that some of its bytes lie in the
-target's shared memory, PLACED that all of it is there, STOP promises that nothing is written any more.
-The target answers PLACED and STOP, and whatever it refuses, with a Reply.
+target's memory, PLACED that all of it is there, STOP promises that nothing is written any more. JOIN invites the target into a
+process group, over which COMING says some bytes are sent next. The target answers PLACED, STOP and JOIN, and whatever it
+refuses, with a Reply.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Kind(IntEnum):
     WRITTEN = 2
     PLACED = 3
     STOP = 4
+    JOIN = 5
+    COMING = 6
 
 
 class Status(IntEnum):
@@ -57,7 +60,7 @@ class Request:
 
     number    of the push or stop, unique per stream; the reply carries it
     header    names the ticket; a STOP uses only its `source` and `attempt`
-    runs      where the bytes belong (CHUNK) or lie (WRITTEN, PLACED), in the order of the checksum
+    runs      where the bytes belong (CHUNK, COMING) or lie (WRITTEN, PLACED), in the order of the checksum
     checksum  xxh3_64 over the bytes of `runs`; None when there are none or checksums are switched off
     """
 

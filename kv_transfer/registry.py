@@ -12,8 +12,8 @@ from .transport import Transport
 
 AUTO = "auto"
 
-# In the order in which `auto` prefers them, where a worker has them (`transports.make_transports`).
-TRANSPORTS = ("cuda_ipc", "shm", "grpc")
+# `transports.make_transports` makes those that a worker can have, in the order in which `auto` prefers them.
+TRANSPORTS = ("cuda_ipc", "shm", "torch_dist", "grpc")
 
 
 def choose(name: str, endpoint: Endpoint, transports: Mapping[str, Transport]) -> Transport:

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
+import msgpack
 import pytest
 import torch
 from baton.core.errors import TransferRefused
 from baton.core.kv import Endpoint, KVLayout
 from baton.core.request import Attempt, WorkerRef
 from baton.kernels.device import Device, HostDevice
+from baton.kv_transfer.cuda_ipc import gpu_of
 from baton.kv_transfer.device_pool import DevicePool
 from baton.kv_transfer.peer import add_peer_service
 from baton.kv_transfer.plan import plan_copies
@@ -133,7 +135,7 @@ def source() -> Source:
     return Source(memory)
 
 
-ON_DEVICES = ("cuda_ipc", "grpc_between_devices")
+ON_DEVICES = ("cuda_ipc", "grpc_between_devices", "torch_dist_between_devices")
 
 
 def as_device_pool(memory: PoolMemory, device: Device = HostDevice()) -> DevicePool:
@@ -141,14 +143,20 @@ def as_device_pool(memory: PoolMemory, device: Device = HostDevice()) -> DeviceP
     return DevicePool(torch.frombuffer(memory.buffer, dtype=torch.uint8), LAYOUT.block_bytes, device)
 
 
+def handle_on(path: str) -> bytes:
+    """A handle whose GPU is called like a file of shared memory."""
+    handle: bytes = msgpack.packb((path, 0, 0, []))
+    return handle
+
+
 class SharedMappings:
-    """In the place of CUDA IPC: handles are paths of shared memory, tensors of the CPU lie over it."""
+    """In the place of CUDA IPC: handles name shared memory, tensors of the CPU lie over it."""
 
     def reaches(self, handle: bytes) -> bool:
         return bool(handle)
 
     def open(self, handle: bytes) -> Tensor:
-        return torch.frombuffer(PoolMemory.open(handle.decode(), NUM_BLOCKS * LAYOUT.block_bytes).buffer, dtype=torch.uint8)
+        return torch.frombuffer(PoolMemory.open(gpu_of(handle), NUM_BLOCKS * LAYOUT.block_bytes).buffer, dtype=torch.uint8)
 
 
 StartTarget = Callable[..., Awaitable[Target]]
@@ -162,7 +170,7 @@ async def start_target(request: pytest.FixtureRequest) -> AsyncIterator[StartTar
     named = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
 
     def endpoint_at(worker: WorkerRef, address: str, path: str, on_device: bool) -> Endpoint:
-        where = ("", NUM_BLOCKS, LAYOUT, path.encode()) if on_device else (path, NUM_BLOCKS, LAYOUT)
+        where = ("", NUM_BLOCKS, LAYOUT, handle_on(path)) if on_device else (path, NUM_BLOCKS, LAYOUT)
         return Endpoint(worker, address, host_identity(), *where)
 
     async def in_process(worker: WorkerRef, port: int, on_device: bool) -> Target:

@@ -28,7 +28,9 @@ def transports():
 
 
 def test_every_transport_of_the_table_is_made(transports):
-    assert [(name, transport.name) for name, transport in transports.items()] == [("shm", "shm"), ("grpc", "grpc")]
+    assert [(name, transport.name) for name, transport in transports.items()] == [
+        (name, name) for name in ("shm", "grpc", "torch_dist")
+    ]
     on_device = make_transports(HERE, DevicePool(torch.zeros(4096, dtype=torch.uint8), 1024, HostDevice()))
     assert [(name, transport.name) for name, transport in on_device.items()] == [(name, name) for name in TRANSPORTS]
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 from baton.core.errors import PeerLost, TransferDamaged, TransferRefused
+from baton.core.kv import Endpoint
 from baton.core.request import WorkerRef
 from baton.kv_transfer.cuda_ipc import CudaIpcTransport
 from baton.kv_transfer.grpc_stream import GrpcTransport
@@ -17,10 +18,12 @@ from baton.kv_transfer.link import PeerLinks
 from baton.kv_transfer.local import LocalPeer, LocalTransport
 from baton.kv_transfer.registry import host_identity
 from baton.kv_transfer.shm import ShmTransport
+from baton.kv_transfer.torch_dist import DeviceEnd, HostEnd, TorchDistTransport
 from baton.kv_transfer.transport import Header, Note, Transport
-from baton.tests.kv_transfer.conftest import SharedMappings, as_device_pool
+from baton.tests.kv_transfer.conftest import LAYOUT, NUM_BLOCKS, SOURCE, SharedMappings, as_device_pool, handle_on
 
-WIRED = ("shm", "grpc", "cuda_ipc", "grpc_between_devices", "shm_from_device")  # the last three on the device's twin
+ON_TWIN = ("cuda_ipc", "grpc_between_devices", "shm_from_device", "torch_dist_between_devices")  # of a device
+WIRED = ("shm", "grpc", "torch_dist", *ON_TWIN)
 NAMES = ("local", *WIRED)
 
 Make = Callable[..., Transport]
@@ -44,6 +47,14 @@ async def make(source) -> AsyncIterator[Make]:
             packed = None if tamper is None else lambda header, tensor: tamper(header, tensor.numpy().data)
             pool = as_device_pool(source.memory)
             transport = CudaIpcTransport(pool, host_identity(), links, SharedMappings(), checksum, packed)
+        elif name.startswith("torch_dist"):
+            on_device = name == "torch_dist_between_devices"
+            own = Endpoint(
+                SOURCE, "127.0.0.1:1", host_identity(), "", NUM_BLOCKS, LAYOUT, handle_on("here") if on_device else b""
+            )
+            end = DeviceEnd(as_device_pool(source.memory)) if on_device else HostEnd(source.memory)
+            changed = None if tamper is None else lambda header, tensor: tamper(header, tensor.numpy().data)
+            transport = TorchDistTransport(end, own, links, patience, checksum, changed)
         else:
             memory = as_device_pool(source.memory) if name == "grpc_between_devices" else source.memory
             transport = GrpcTransport(memory, links, checksum, tamper)

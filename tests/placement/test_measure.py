@@ -73,5 +73,5 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path):
 
 def test_links_are_measured_between_two_processes():
     rates = measure_links(rounds=1)
-    assert set(rates) == {"shm", "grpc"}
+    assert set(rates) == {"shm", "grpc", "torch_dist"}
     assert all(rate > 1e6 for rate in rates.values())
