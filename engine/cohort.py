@@ -9,7 +9,7 @@ costs as much as what is due at it, however many members there are.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..core.errors import InternalError
@@ -192,11 +192,11 @@ class Cohort:
                 ended.append(member.sequence)
         return ended
 
-    def reported(self, ago: int = 0) -> Iterable[SequenceState]:
+    def reported(self, ago: int = 0) -> Collection[SequenceState]:
         """Members whose token of the latest step, or of one some steps ago, is to be reported."""
         return self._reports.at(self.clock - ago)
 
-    def filled(self) -> Iterable[SequenceState]:
+    def filled(self) -> Collection[SequenceState]:
         """Members for whom the latest step fills a block."""
         return self._filled.at(self.clock)
 

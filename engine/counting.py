@@ -155,19 +155,19 @@ class CountingScheduler(Scheduler):
         flight, _ = self._flights[plan.step]
         return after + 1 if flight is None else flight.cohort.next_report(after)
 
-    def reports(self, plan: StepPlan, number: int) -> list[TokenEvent]:
-        """What is to be reported of step `number`, counted in the same way; one that was taken in already is 0 or below."""
+    def reports(self, plan: StepPlan, number: int) -> list[tuple[Attempt, int]]:
+        """Sequences of which a token of step `number` is to be reported, and how many output tokens they have after it. Steps are
+        counted in the same way; one that was taken in already is 0 or below."""
         flight, _ = self._flights[plan.step]
         if flight is None:
             return []
         cohort = flight.cohort
-        sequences = sorted(cohort.reported(1 - number), key=_age)
-        return [self._report(each, cohort.num_output(each) + number - 1) for each in sequences]
+        sequences = cohort.reported(1 - number)
+        if len(sequences) > 1:
+            sequences = sorted(sequences, key=_age)
+        return [(each.spec.attempt, cohort.num_output(each) + number - 1) for each in sequences]
 
     # ---- inside --------------------------------------------------------------------------------
-
-    def _report(self, sequence: SequenceState, num_output: int) -> TokenEvent:
-        return TokenEvent(sequence.spec.attempt, num_output - 1, self._counted.tokens)
 
     def _form(self, batch: Batch) -> StepPlan | None:
         num_preempted = self._phases.num_preempted
@@ -204,7 +204,7 @@ class CountingScheduler(Scheduler):
                 cohort.refresh(sequence)
                 self._committer.publish(sequence, sequence.num_computed)
             if (num_output := cohort.num_output(sequence)) % REPORT_EVERY == 0:
-                events.append(self._report(sequence, num_output))
+                events.append(TokenEvent(sequence.spec.attempt, num_output - 1, self._counted.tokens))
         return events
 
     def _publish(self, cohort: Cohort) -> None:

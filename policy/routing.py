@@ -7,8 +7,9 @@ A new policy is one `Pick` and one row in `ROUTING`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
+from types import MappingProxyType
 
 from ..core.request import Request
 from ..core.view import ClusterView, Route, Split, Whole, WorkerView
@@ -39,7 +40,7 @@ def random(workers: Sequence[WorkerView], job: Job, view: ClusterView) -> Worker
 
 def least_loaded(workers: Sequence[WorkerView], job: Job, view: ClusterView) -> WorkerView:
     """The one with the least token-work for this job; ties are drawn."""
-    return _least(workers, lambda worker: token_work(worker, job), view)
+    return _least(workers, _TOKEN_WORK[job], view)
 
 
 def join_shortest_queue(workers: Sequence[WorkerView], job: Job, view: ClusterView) -> WorkerView:
@@ -54,13 +55,25 @@ def token_work(worker: WorkerView, job: Job) -> tuple[float, ...]:
     room elsewhere. Decode is bound by memory: the share of the KV pool that is spoken for. A worker that does
     both is judged by both.
     """
-    if job is Job.PREFILL:
-        return (worker.pending_tokens, worker.context_tokens)
+    return _TOKEN_WORK[job](worker)
+
+
+def _prefill_work(worker: WorkerView) -> tuple[float, ...]:
+    return (worker.pending_tokens, worker.context_tokens)
+
+
+def _decode_work(worker: WorkerView) -> tuple[float, ...]:
     slots = worker.load.total_blocks * worker.block_size
-    filled = worker.context_tokens / slots if slots else float(worker.context_tokens)
-    if job is Job.DECODE:
-        return (filled, worker.num_assigned)
-    return (worker.pending_tokens, filled, worker.num_assigned)
+    return (worker.context_tokens / slots if slots else float(worker.context_tokens), worker.num_assigned)
+
+
+def _whole_work(worker: WorkerView) -> tuple[float, ...]:
+    return (worker.pending_tokens, *_decode_work(worker))
+
+
+_TOKEN_WORK: Mapping[Job, Callable[[WorkerView], tuple[float, ...]]] = MappingProxyType(
+    {Job.PREFILL: _prefill_work, Job.DECODE: _decode_work, Job.WHOLE: _whole_work}
+)
 
 
 def _routing(pick: Pick) -> RoutingPolicy:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..core.request import Attempt
 from ..core.shape import StepShape, shape_of
-from ..core.step import RowOutput, SequenceEvent, StepOutput, StepPlan, TokenEvent
+from ..core.step import RowOutput, SequenceEvent, StepOutput, StepPlan
 from ..engine.counting import CountingScheduler
 from ..engine.scheduler import Scheduler
 from ..engine.timing import StepTimes
@@ -46,8 +47,8 @@ class Owner(Protocol):
         """What a step, or the planning of one, made."""
         ...
 
-    def on_progress(self, events: Sequence[TokenEvent]) -> None:
-        """Tokens that are to be reported in the midst of a run."""
+    def on_progress(self, reached: Sequence[tuple[Attempt, int]]) -> None:
+        """Sequences that have so many output tokens, which are to be reported in the midst of a run."""
         ...
 
     def may_repeat(self) -> bool:

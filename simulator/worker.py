@@ -162,8 +162,8 @@ class SimulatedWorker(ABC):
     def may_repeat(self) -> bool:
         return True
 
-    def on_progress(self, events: Sequence[TokenEvent]) -> None:
-        self.port.tokens(self.ref, [TokenNews(event.attempt, event.position + 1) for event in events])
+    def on_progress(self, reached: Sequence[tuple[Attempt, int]]) -> None:
+        self.port.tokens(self.ref, [TokenNews(attempt, num_output) for attempt, num_output in reached])
 
     def on_events(self, events: Sequence[SequenceEvent]) -> None:
         """As `worker.core.WorkerCore.on_events`; the router is spared tokens that decide nothing."""
